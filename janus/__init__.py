@@ -1,0 +1,1 @@
+"""The Janus model family, and DoLa decoding around it."""

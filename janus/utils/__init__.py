@@ -1,0 +1,1 @@
+"""Loading, conversations, and the DoLa pieces that run beside the model."""
