@@ -1,0 +1,106 @@
+"""The LLaMA backbone over a preallocated cache: no growing tensors, and on CUDA one captured graph per step."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import LlamaModel
+
+BUCKET = 128
+"""On CUDA a step is captured once per this many cache positions, so that attention reads little but what is filled."""
+
+
+class StaticBackbone:
+    """Reads the wanted layers of transformers' LlamaModel; itself the cache that its attention layers update.
+
+    rows: sequences decoded together; length: positions of the longest prompt plus the tokens to come.
+    """
+
+    def __init__(self, llama: LlamaModel, layers: Sequence[int], rows: int, length: int):
+        config, weight = llama.config, llama.embed_tokens.weight
+        self.llama, self.layers = llama, layers
+        self.graphed = weight.device.type == "cuda"
+        capacity = -(-length // BUCKET) * BUCKET if self.graphed else length
+        shape = (len(llama.layers), 2, rows, config.num_key_value_heads, capacity, llama.layers[0].self_attn.head_dim)
+        self.cache = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        self.open = torch.zeros((rows, 1, 1, capacity), dtype=torch.bool, device=weight.device)
+        self.position = torch.zeros(1, dtype=torch.long, device=weight.device)
+        self.masked = self.graphed
+        self.capturing = False
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    @staticmethod
+    def serves(llama) -> bool:
+        return isinstance(llama, LlamaModel) and llama.config._attn_implementation == "sdpa"
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *_) -> tuple[Tensor, Tensor]:
+        """Called by each attention layer: write one position, return what is filled, `[rows, heads, length, dim]`."""
+        cache = self.target[layer]
+        for stored, new in zip(cache, (key, value), strict=True):
+            stored.index_copy_(2, self.slots, new)
+        return cache[0, :, :, : self.visible], cache[1, :, :, : self.visible]
+
+    def prefill(self, embeds: Tensor, valid: Tensor | None, rows: Tensor) -> Tensor:
+        """Read each prompt (`[prompts, T, width]`, real tokens in `valid`) once, then repeat its cache as `rows` says."""
+        prompts, length = embeds.shape[:2]
+        self.target = self.cache.new_empty(
+            (*self.cache.shape[:2], prompts, self.cache.shape[3], length, self.cache.shape[5])
+        )
+        self.slots, self.visible = torch.arange(length, device=embeds.device), length
+        if valid is None:
+            self.start = torch.zeros(1, dtype=torch.long, device=embeds.device)
+            mask, positions = None, self.slots[None]
+            self.open[..., :length] = True
+        else:
+            starts = (~valid).sum(-1)
+            causal = torch.ones((length, length), dtype=torch.bool, device=embeds.device).tril()
+            itself = torch.eye(length, dtype=torch.bool, device=embeds.device)  # else a padding row would be empty
+            mask = (causal & valid[:, None, None, :]) | itself
+            positions = (self.slots[None] - starts[:, None]).clamp(min=0)
+            self.start = starts[rows]
+            self.open[..., :length] = valid[rows, None, None]
+            self.masked = True
+        states = self._forward(embeds, mask, positions)[:, rows]
+        self.cache[..., :length, :] = self.target[:, :, rows]
+        self.target, self.slots, self.filled = self.cache, self.position, length
+        return states
+
+    def __call__(self, embeds: Tensor) -> Tensor:
+        """One token for every row, `[rows, 1, width]`, to `[1 + layers, rows, width]`, last layer first, all normed."""
+        if not self.capturing:
+            self._advance()
+        self.open.index_fill_(3, self.position, True)
+        mask = self.open[..., : self.visible] if self.masked else None
+        return self._forward(embeds, mask, (self.position - self.start)[:, None])
+
+    def _advance(self) -> None:
+        self.position.fill_(self.filled)
+        self.filled += 1
+        self.visible = self.filled if not self.graphed else -(-self.filled // BUCKET) * BUCKET
+
+    def _forward(self, h: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
+        rotary = self.llama.rotary_emb(h, positions)
+        states = []
+        for depth, layer in enumerate(self.llama.layers, start=1):
+            h = layer(h, attention_mask=mask, position_embeddings=rotary, past_key_values=self, use_cache=True)
+            if depth in self.layers:
+                states.append(h[:, -1])
+        return self.llama.norm(torch.stack([h[:, -1], *states]))
+
+    def run(self, step: Callable[[], None]) -> None:
+        """Run one decoding step; on CUDA, replay it as a graph, captured once for each bucket of positions."""
+        if not self.graphed:
+            return step()
+        self._advance()
+        if self.visible not in self.graphs:
+            self.capturing = True
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # the warm-up that capture asks for; a step can be repeated without harm
+                step()
+            torch.cuda.current_stream().wait_stream(side)
+            self.graphs[self.visible] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[self.visible]):
+                step()
+            self.capturing = False
+        self.graphs[self.visible].replay()
