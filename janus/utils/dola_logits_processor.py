@@ -1,0 +1,172 @@
+"""DoLa as one more rule of transformers' `generate`, for any decoder-only model with a final norm and an lm_head."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessor, PreTrainedModel
+
+from dola_runtime import (
+    compute_logprobs_from_hidden,
+    contrast_with_apc_from_logprobs,
+    pick_static_layer_index,
+    sanitize_candidate_layers,
+    select_layer_by_jsd,
+)
+
+NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm", "norm_f")
+LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+
+
+class DecoderParts(NamedTuple):
+    """What DoLa reads in a causal language model: `decoder.layers[j - 1]` makes `hidden_states[j]`."""
+
+    decoder: nn.Module
+    layers: nn.ModuleList
+    ln_out: nn.Module
+    phi: Callable[..., Tensor]
+    """`phi(h, columns=None)`: normed states `[..., width]` to logits `[..., vocab]`, or to some columns of them."""
+
+
+def find_decoder_parts(model: PreTrainedModel) -> DecoderParts:
+    """Find the blocks, the final norm and the head of a decoder-only model.
+
+    The head is read with the soft cap of Gemma's logits where the config sets one. Raises ValueError, naming the
+    class, for an encoder-decoder, for a model without one of the parts, and for one that rescales its logits
+    outside lm_head.
+    """
+    name, config = type(model).__name__, model.config.get_text_config()
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    blocks = [
+        child
+        for child in decoder.children()
+        if isinstance(child, nn.ModuleList) and len(child) == config.num_hidden_layers
+    ]
+    norms = [norm for norm in (getattr(decoder, name, None) for name in NORM_NAMES) if norm is not None]
+    if config.is_encoder_decoder or head is None or not blocks or not norms:
+        raise ValueError(f"{name} is not a decoder-only model with a list of blocks, a final norm and an lm_head")
+    scales = {key: getattr(config, key) for key in LOGIT_SCALES if getattr(config, key, None) not in (None, 1)}
+    if scales:
+        raise ValueError(f"{name} rescales its logits after lm_head ({scales}); an earlier layer cannot be read alike")
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def phi(h: Tensor, columns: Tensor | None = None) -> Tensor:
+        if columns is None:
+            logits = head(h)
+        elif type(head) is nn.Linear:
+            logits = nn.functional.linear(h, head.weight[columns], None if head.bias is None else head.bias[columns])
+        else:
+            logits = head(h)[..., columns]
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    return DecoderParts(decoder, blocks[0], norms[0], phi)
+
+
+class DoLaLogitsProcessor(LogitsProcessor):
+    """Replace a step's scores by DoLa's `log p_hat`: last layer against an earlier one, on the plausible tokens.
+
+    It is its own context manager: entering attaches a forward hook to the contrast layer(s), leaving removes it,
+    whatever happened in between. One context serves any number of `generate` calls:
+
+        with DoLaLogitsProcessor(model, layer=24) as dola:
+            model.generate(**inputs, max_new_tokens=64, logits_processor=[dola])
+
+    transformers runs it after its own penalties and constraints and before temperature, top-k and top-p, so
+    `log q_N` is what the penalties left, the plausible set too, and the warpers see `p_hat`. Scores are normalised, so
+    that beams add up log-probabilities; a token outside the plausible set has -inf. The hook keeps the last position
+    of the forward pass that made the scores, row for row, so beams and left-padded batches need nothing more. The
+    model itself has put the last layer through lm_head when the processor is called; the contrast layers, all in one
+    matmul, go through it once more. `generate` does not compile its decoding step inside the context, where a
+    compiled graph would miss the hooks or keep them.
+
+    Args:
+        model: what `generate` is called on (`mmgpt.language_model` of Janus).
+        layer: contrast layer as `hidden_states` counts, in 1..N; N is the bypass. Default: `layer_ratio` of the depth.
+        candidate_layers: early exit instead of a fixed layer: per row and step the candidate furthest from layer N.
+        alpha: plausibility, in [0, 1].
+        norm: read the contrast layer through LN_out; False reads it as it is, as the DoLa paper's code does.
+        use_dola: False leaves every score as it is.
+
+    Raises ValueError for arguments out of range, and RuntimeError in a step whose scores no hook belongs to: outside
+    the context, on another model, or where `generate` runs the model more than once for a step (`guidance_scale`,
+    assisted decoding).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        layer: int | None = None,
+        layer_ratio: float = 0.8,
+        candidate_layers: Sequence[int] | None = None,
+        alpha: float = 0.1,
+        norm: bool = True,
+        use_dola: bool = True,
+    ):
+        parts = find_decoder_parts(model)
+        num_layers = len(parts.layers)
+        if not 0.0 <= alpha <= 1.0:
+            raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+        if layer is not None and candidate_layers is not None:
+            raise ValueError(f"give layer or candidate_layers, not both: got {layer} and {list(candidate_layers)}")
+        if layer is not None and not 1 <= layer <= num_layers:
+            raise ValueError(f"layer must be in 1..{num_layers}, got {layer}")
+        if candidate_layers is not None:
+            self.layers = sanitize_candidate_layers(candidate_layers, num_layers)
+        else:
+            self.layers = [pick_static_layer_index(num_layers, layer_ratio) if layer is None else layer]
+        if not use_dola or self.layers == [num_layers]:
+            self.layers = []
+        self.model = model
+        self.blocks, self.phi = parts.layers, parts.phi
+        self.ln_out = parts.ln_out if norm else None
+        self.alpha = alpha
+        self._hooks = []
+        self._states: dict[int, Tensor] = {}
+        self._passes = 0
+        self._length = -1
+
+    def __enter__(self) -> "DoLaLogitsProcessor":
+        if self.layers:
+            self._disable_compile = self.model.generation_config.disable_compile
+            self.model.generation_config.disable_compile = True
+        for layer in self.layers:
+            self._hooks.append(self.blocks[layer - 1].register_forward_hook(self._keep_last_position(layer)))
+        return self
+
+    def __exit__(self, *_) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._states.clear()
+        if self.layers:
+            self.model.generation_config.disable_compile = self._disable_compile
+
+    def _keep_last_position(self, layer: int) -> Callable:
+        def hook(_module, _args, output):
+            h = output[0] if isinstance(output, tuple) else output
+            self._states[layer] = h[:, -1].clone()
+            self._passes += layer == self.layers[0]
+
+        return hook
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores `[rows, vocab]` of the last layer to `log p_hat`, same shape, dtype and device."""
+        if not self.layers:
+            return scores
+        h_j = [self._states.pop(layer).to(scores.device) for layer in self.layers if layer in self._states]
+        passes, self._passes = self._passes, 0
+        length, self._length = self._length, input_ids.shape[1]
+        if len(h_j) < len(self.layers) or len(h_j[0]) != len(scores) or (passes > 1 and self._length == length + 1):
+            raise RuntimeError(
+                "DoLa needs the one forward pass that made these scores: call generate on the processor's own model, "
+                "inside its context (`with DoLaLogitsProcessor(model) as dola`), without guidance_scale or an assistant"
+            )
+        log_qN = torch.log_softmax(scores.float(), dim=-1)
+        log_qj = compute_logprobs_from_hidden(torch.stack(h_j), self.ln_out, self.phi)
+        if len(h_j) == 1:
+            log_qj = log_qj[0]
+        else:
+            log_qj = log_qj[select_layer_by_jsd(log_qN, log_qj), torch.arange(len(scores), device=scores.device)]
+        return torch.log_softmax(contrast_with_apc_from_logprobs(log_qN, log_qj, self.alpha), dim=-1).to(scores)
