@@ -54,7 +54,7 @@ class RunLog:
     """A JSONL file of what a run has finished, by the index of its inputs, rewritten whole at each addition.
 
     A line is `{"index": ..., "settings": {...}, ...}`; one input may have several. Opening the log of a run with other
-    settings raises ValueError unless `overwrite`, which starts anew and deletes what the old lines name as "file", "sheet".
+    settings raises ValueError unless `overwrite`, which starts anew and deletes the files that the old lines name.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], overwrite: bool = False):
