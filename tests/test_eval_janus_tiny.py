@@ -1,0 +1,33 @@
+import numpy as np
+import pytest
+
+from tools import scenes
+from tools.eval_janus_tiny import SPLITS, count_read, markdown, percent, some, wilson
+
+
+def test_wilson_is_the_textbook_interval_and_stays_within_0_and_1():
+    assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert wilson(0, 20)[0] == 0.0 and wilson(20, 20)[1] == pytest.approx(1.0)
+    assert percent((97, 100)) == "97.0 [92, 99]"
+
+
+def test_the_splits_hold_every_scene_once():
+    assert [len(every) for every in SPLITS.values()] == [259, 29, 12180, 1356]
+    assert not {s.caption for s in SPLITS["one object, seen"]} & {s.caption for s in SPLITS["one object, held out"]}
+
+
+def test_a_sample_repeats_itself_for_a_seed_and_goes_round_a_short_list():
+    every = SPLITS["one object, held out"]
+    sample = some(every, 40, seed=1)
+    assert sample == some(every, 40, seed=1)
+    assert set(sample[:29]) == set(every) and sample[29:] == sample[:11]
+
+
+def test_only_the_image_of_the_scene_itself_counts():
+    first, second = some(SPLITS["two objects, seen"], 2, seed=3)
+    images = [scenes.draw(first, np.random.default_rng(0)), scenes.draw(first, np.random.default_rng(1))]
+    assert count_read(images, [first, second]) == (1, 2)
+
+
+def test_a_table_is_markdown():
+    assert markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"

@@ -1,0 +1,252 @@
+"""Measures janus-tiny on drawn scenes, baseline against DoLa: `python -m tools.eval_janus_tiny`.
+
+Images are judged by `tools.scenes.judge`: a prompt is met exactly when the nearest scene of the whole grammar is the
+prompt's own. All rows of a table paint the same prompts from the same noise. Intervals are Wilson's, at 95%.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+from transformers import AutoTokenizer, SiglipModel
+
+from generation_inference import (
+    Decoding,
+    format_image_prompt,
+    image_geometry,
+    sample_image_tokens,
+    tokens_to_images,
+)
+from janus.models import MultiModalityCausalLM, VLChatProcessor
+from janus.utils.conversation import SYSTEM_PROMPT, chat_roles, render_conversation
+from janus.utils.dola_logits_processor import DoLaLogitsProcessor
+from janus.utils.io import load_pretrained_model
+from tools import scenes
+from tools.scenes import Scene
+
+LAYERS, ALPHAS, GUIDANCE = (2, 4, 6, 7), (0.1, 0.5), (1.0, 3.0, 5.0)
+EVERY = {"one object": scenes.one_object_scenes(), "two objects": scenes.two_object_scenes()}
+SPLITS = {
+    f"{kind}, {name}": [scene for scene in every if scenes.is_held_out(scene) == held_out]
+    for kind, every in EVERY.items()
+    for name, held_out in (("seen", False), ("held out", True))
+}
+
+Rate = tuple[int, int]  # (successes, trials)
+
+
+def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's score interval of a rate, both ends in [0, 1]."""
+    p, shrink = successes / trials, 1 + z * z / trials
+    centre = (p + z * z / (2 * trials)) / shrink
+    half = z / shrink * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def percent(rate: Rate) -> str:
+    low, high = wilson(*rate)
+    return f"{100 * rate[0] / rate[1]:.1f} [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def some(every: list[Scene], count: int, seed: int) -> list[Scene]:
+    """`count` scenes in random order; a shorter list is gone through again."""
+    order = np.random.default_rng(seed).permutation(len(every))
+    return [every[order[k % len(every)]] for k in range(count)]
+
+
+def count_read(images: Sequence[np.ndarray], wanted: Sequence[Scene]) -> Rate:
+    right = sum(scenes.judge(image)[0] == scene for image, scene in zip(images, wanted, strict=True))
+    return right, len(wanted)
+
+
+def to_pixels(images: Sequence[np.ndarray]) -> torch.Tensor:
+    """uint8 [64, 64, 3] each -> [n, 3, 64, 64] in [-1, 1]."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@torch.inference_mode()
+def reconstruct(model: MultiModalityCausalLM, processor: VLChatProcessor, images: Sequence[np.ndarray]) -> list:
+    codes = model.gen_vision_model.encode(to_pixels(images))[2][2].view(len(images), -1)
+    return [np.asarray(image) for image in tokens_to_images(model, codes, *image_geometry(model, processor))]
+
+
+@torch.inference_mode()
+def paint(
+    model: MultiModalityCausalLM, processor: VLChatProcessor, wanted: Sequence[Scene], decoding: Decoding
+) -> list[np.ndarray]:
+    """One image per scene's caption, uint8 [64, 64, 3]; the k-th takes the noise of seed k."""
+    prompts = [format_image_prompt(processor, scene.caption) for scene in wanted]
+    tokens = sample_image_tokens(model, processor, prompts, decoding, parallel_size=1, seeds=list(range(len(wanted))))[
+        :, 0
+    ]
+    return [np.asarray(image) for image in tokens_to_images(model, tokens, *image_geometry(model, processor))]
+
+
+def variants(cfg_weight: float) -> dict[str, Decoding]:
+    rows = {"baseline": Decoding(cfg_weight=cfg_weight)}
+    for alpha in ALPHAS:
+        rows[f"APC only, alpha {alpha}"] = Decoding(alpha=alpha, cfg_weight=cfg_weight, contrast=False)
+    for alpha in ALPHAS:
+        for layer in LAYERS:
+            rows[f"DoLa layer {layer}, alpha {alpha}"] = Decoding((layer,), alpha, cfg_weight=cfg_weight)
+        rows[f"early exit {LAYERS}, alpha {alpha}"] = Decoding(LAYERS, alpha, cfg_weight=cfg_weight)
+    return rows
+
+
+@torch.inference_mode()
+def answers(
+    model: MultiModalityCausalLM, processor: VLChatProcessor, asked: Sequence[tuple[np.ndarray, str]], layer: int | None
+) -> list[str]:
+    """Greedy answers to (image, question) pairs; with DoLa where a layer is given."""
+    user, assistant = chat_roles(processor.tokenizer)
+    prompts = []
+    for image, question in asked:
+        messages = [
+            {"role": user, "content": f"{processor.image_tag}\n{question}"},
+            {"role": assistant, "content": ""},
+        ]
+        prompts.append((render_conversation(messages, SYSTEM_PROMPT), [Image.fromarray(image)]))
+    batch = processor.batchify(prompts)
+    dola = None if layer is None else DoLaLogitsProcessor(model.language_model, layer=layer)
+    with dola or nullcontext():
+        ids = model.language_model.generate(  # pyright: ignore[reportAttributeAccessIssue]
+            inputs_embeds=model.prepare_inputs_embeds(**vars(batch)),
+            attention_mask=batch.attention_mask,
+            max_new_tokens=20,
+            do_sample=False,
+            eos_token_id=processor.tokenizer.eos_token_id,
+            pad_token_id=processor.pad_id,
+            logits_processor=[dola] if dola else [],
+        )
+    return [text.strip() for text in processor.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def question_rates(
+    model: MultiModalityCausalLM, processor: VLChatProcessor, count: int, layer: int | None
+) -> dict[str, dict[str, Rate]]:
+    """Split -> kind of question -> rate, each kind and "all"; `count` questions a split."""
+    rates: dict[str, dict[str, Rate]] = {}
+    for split, every in SPLITS.items():
+        rng = np.random.default_rng(2)
+        asked = []
+        for scene in some(every, count, seed=2):
+            about = scenes.questions(scene)
+            asked.append((scenes.draw(scene, rng), *about[rng.integers(len(about))]))
+        given = answers(model, processor, [(image, question) for image, _, question, _ in asked], layer)
+        right = {}
+        for (_, kind, _, expected), answer in zip(asked, given, strict=True):
+            for name in (kind, "all"):
+                hits, trials = right.get(name, (0, 0))
+                right[name] = (hits + (answer == expected), trials + 1)
+        rates[split] = right
+    return rates
+
+
+@torch.inference_mode()
+def tower_rates(directory: Path, model: MultiModalityCausalLM, count: int) -> dict[str, Rate]:
+    """Split -> how often the caption nearest to an image, among all captions of its kind, is its own."""
+    text_model = SiglipModel.from_pretrained(directory / "siglip", dtype=torch.float32).text_model
+    tokenizer = AutoTokenizer.from_pretrained(directory / "siglip")
+    tower, rates = model.vision_model.vision_tower, {}
+    for kind, every in EVERY.items():
+        captions = [scene.caption for scene in every]
+        ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        bank = torch.cat([text_model(chunk).pooler_output for chunk in ids.split(512)])
+        bank = torch.nn.functional.normalize(bank, dim=-1)
+        for split in (name for name in SPLITS if name.startswith(kind)):
+            rng = np.random.default_rng(3)
+            shown = some(SPLITS[split], count, seed=3)
+            features = tower(to_pixels([scenes.draw(scene, rng) for scene in shown])).pooler_output
+            best = (features @ bank.T).argmax(-1).tolist()
+            right = sum(captions[k] == scene.caption for k, scene in zip(best, shown, strict=True))
+            rates[split] = (right, count)
+    return rates
+
+
+def grid(model: MultiModalityCausalLM, processor: VLChatProcessor, layer: int, path: Path) -> None:
+    """A dozen prompts, six of each kind, four of them held out; baseline above, DoLa below, at the own guidance."""
+    wanted = [
+        scene for split, count in zip(SPLITS, (4, 2, 4, 2), strict=True) for scene in some(SPLITS[split], count, 5)
+    ]
+    cfg_weight = own_guidance(model)
+    decodings = Decoding(cfg_weight=cfg_weight), Decoding((layer,), cfg_weight=cfg_weight)
+    rows = [np.concatenate(paint(model, processor, wanted, decoding), axis=1) for decoding in decodings]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.concatenate(rows)).save(path)
+    for scene in wanted:
+        print("-", scene.caption)
+
+
+def own_guidance(model: MultiModalityCausalLM) -> float:
+    return float(getattr(model.generation_config, "cfg_weight", 5.0))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("janus/checkpoints/janus-tiny"))
+    parser.add_argument("--count", type=int, default=120, help="prompts, drawings or questions per split")
+    parser.add_argument("--json", type=Path, help="where to write the counts behind the tables")
+    parser.add_argument("--grid", type=Path, help="where to write a picture of a dozen prompts")
+    args = parser.parse_args()
+    _, processor, model = load_pretrained_model(args.model, dtype="float32", device="cpu")
+    found: dict[str, dict] = {"judge": {}, "images": {}, "questions": {}, "tower": {}}
+
+    for split, every in SPLITS.items():
+        rng, wanted = np.random.default_rng(1), some(every, args.count, seed=1)
+        drawings = [scenes.draw(scene, rng) for scene in wanted]
+        found["judge"][split] = {
+            "real drawings": count_read(drawings, wanted),
+            "VQ reconstructions": count_read(reconstruct(model, processor, drawings), wanted),
+        }
+    print("Judge: share read as drawn, %\n")
+    kinds = ["real drawings", "VQ reconstructions"]
+    print(markdown(["", *SPLITS], [[k, *(percent(found["judge"][s][k]) for s in SPLITS)] for k in kinds]), "\n")
+
+    found["tower"] = tower_rates(args.model, model, args.count)
+    print("Tower: top-1 over all captions of the kind, %\n")
+    print(markdown([*SPLITS], [[percent(found["tower"][split]) for split in SPLITS]]), "\n")
+
+    table = []
+    for layer in tqdm([None, *LAYERS], desc="questions"):
+        name = "baseline" if layer is None else f"DoLa layer {layer}, alpha 0.1"
+        rates = question_rates(model, processor, args.count, layer)
+        found["questions"][name] = rates
+        table.append([name, *(percent(rates[split]["all"]) for split in SPLITS)])
+    print("Questions: share answered word for word (greedy), %\n")
+    print(markdown(["", *SPLITS], table), "\n")
+
+    guidance = sorted({own_guidance(model), *GUIDANCE})
+    jobs = [(w, name, decoding) for w in guidance for name, decoding in variants(w).items()]
+    table = []
+    for w, name, decoding in tqdm(jobs, desc="images"):
+        rates, distances = {}, []
+        for split, every in SPLITS.items():
+            wanted = some(every, args.count, seed=0)
+            read = [scenes.judge(image) for image in paint(model, processor, wanted, decoding)]
+            rates[split] = (sum(scene == other for (scene, _), other in zip(read, wanted, strict=True)), len(wanted))
+            distances += [distance for _, distance in read]
+        found["images"].setdefault(f"{w:g}", {})[name] = rates | {"distance": float(np.mean(distances))}
+        table.append([f"{w:g}", name, *(percent(rates[split]) for split in SPLITS), f"{np.mean(distances):.1f}"])
+    print("Images: share that meets the prompt exactly, %, and mean distance to the nearest drawing in grey levels\n")
+    print(markdown(["cfg", "", *SPLITS, "distance"], table))
+
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if args.grid:
+        grid(model, processor, LAYERS[-1], args.grid)
+
+
+if __name__ == "__main__":
+    main()
