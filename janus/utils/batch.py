@@ -1,11 +1,14 @@
 """What the command lines share: one-line errors, files written whole or not at all, a log that a killed run resumes."""
 
+import argparse
 import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
+
+JANUS_TINY = Path(__file__).parents[1] / "checkpoints" / "janus-tiny"
 
 
 def fail(message: str) -> NoReturn:
@@ -25,17 +28,43 @@ def run_command(main: Callable[[], None]) -> None:
         raise SystemExit(130) from None
 
 
-def read_json_file(path: str | os.PathLike) -> Any:
-    """The content of a JSON file. Raises ValueError naming the file and what is wrong with it."""
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default=str(JANUS_TINY), help="checkpoint directory or hub id (default: the embedded janus-tiny)")
+    add("--device", default="auto", help="cpu, cuda, cuda:N, or auto: CUDA if there is one (default: %(default)s)")
+    add("--dtype", default="auto", help="float32, bfloat16, float16, or auto: bfloat16 on CUDA (default: %(default)s)")
+
+
+def parse_layers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected layers like 22,24,26,28, got {text!r}") from None
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """The content of a UTF-8 file. Raises ValueError naming the file and what is wrong with it."""
     path = Path(path)
     try:
-        return json.loads(path.read_bytes().decode("utf-8"))
+        return path.read_bytes().decode("utf-8")
     except FileNotFoundError:
         raise ValueError(f"{path}: file not found") from None
     except OSError as error:
         raise ValueError(f"{path}: not readable ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 (byte {error.start})") from None
+
+
+def read_json_file(path: str | os.PathLike) -> Any:
+    """The content of a JSON file. Raises ValueError naming the file and what is wrong with it."""
+    try:
+        return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON ({error.msg}, line {error.lineno} column {error.colno})") from None
 

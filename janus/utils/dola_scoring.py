@@ -1,6 +1,6 @@
 """What baseline, DoLa-static and early exit say of given tokens: every layer and alpha from one forward pass."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -38,12 +38,14 @@ class TokenScores(NamedTuple):
 class ContinuationScores:
     """One continuation of T tokens under every decoding, for A alphas and L layers.
 
-    `baseline` holds `[T]` of log q_N, `static` `[A, L, T]` of log p_hat, and `jsd` `[L, T]` the divergence of each
-    layer from the last one in nats (None unless asked for).
+    `baseline` holds `[T]` of log q_N, `apc_only` `[A, T]` of q_N renormalised on the tokens that APC keeps (the mask
+    without the contrast), `static` `[A, L, T]` of log p_hat, and `jsd` `[L, T]` the divergence of each layer from the
+    last one in nats (None unless asked for).
     """
 
     layers: list[int]
     baseline: TokenScores
+    apc_only: TokenScores
     static: TokenScores
     jsd: Tensor | None
 
@@ -114,7 +116,6 @@ class TeacherForced(NamedTuple):
     places: list[Tensor]
 
 
-@torch.no_grad()
 def teacher_force(model: PreTrainedModel, prefix: Tensor, continuations: Sequence[Tensor]) -> TeacherForced:
     """Run what may follow a prefix, in one forward pass of a batch of all the continuations.
 
@@ -122,12 +123,23 @@ def teacher_force(model: PreTrainedModel, prefix: Tensor, continuations: Sequenc
     own length, tokenized by the caller. What continuations begin with in common is kept once. Raises ValueError for an
     empty prefix or continuation.
     """
-    lengths = [len(ids) for ids in continuations]
-    if len(prefix) == 0 or not lengths or 0 in lengths:
-        raise ValueError(f"a prefix of {len(prefix)} tokens and continuations of {lengths}: none may be empty")
+    return teacher_force_batch(model, [(prefix, continuations)])
+
+
+@torch.no_grad()
+def teacher_force_batch(model: PreTrainedModel, prompts: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> TeacherForced:
+    """`teacher_force` of several prefixes, each with its continuations, in one forward pass.
+
+    `places` follows the continuations, prefix by prefix.
+    """
     embed = model.get_input_embeddings()
-    prefix = prefix if prefix.is_floating_point() else embed(prefix)
-    inputs = [torch.cat([prefix, embed(ids[:-1])]) for ids in continuations]
+    inputs = []
+    for prefix, continuations in prompts:
+        lengths = [len(ids) for ids in continuations]
+        if len(prefix) == 0 or not lengths or 0 in lengths:
+            raise ValueError(f"a prefix of {len(prefix)} tokens and continuations of {lengths}: none may be empty")
+        embeds = prefix if prefix.is_floating_point() else embed(prefix)
+        inputs += [torch.cat([embeds, embed(ids[:-1])]) for ids in continuations]
     hidden = (
         find_decoder_parts(model)
         .decoder(
@@ -138,21 +150,24 @@ def teacher_force(model: PreTrainedModel, prefix: Tensor, continuations: Sequenc
         .hidden_states
     )
 
-    read_at: dict[tuple[int, ...], tuple[int, int]] = {}
-    texts = [[tuple(text[: t + 1]) for t in range(len(text))] for text in (ids.tolist() for ids in continuations)]
-    for row, text in enumerate(texts):
-        for t, so_far in enumerate(text):
-            read_at.setdefault(so_far, (row, len(prefix) - 1 + t))
+    read_at: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}
+    texts, row = [], 0
+    for p, (prefix, continuations) in enumerate(prompts):
+        for text in (ids.tolist() for ids in continuations):
+            texts.append([(p, tuple(text[: t + 1])) for t in range(len(text))])
+            for t, so_far in enumerate(texts[-1]):
+                read_at.setdefault(so_far, (row, len(prefix) - 1 + t))
+            row += 1
     place_of = {so_far: place for place, so_far in enumerate(read_at)}
-    rows, positions = torch.tensor(list(read_at.values()), device=prefix.device).T
+    device = hidden[0].device
+    rows, positions = torch.tensor(list(read_at.values()), device=device).T
     return TeacherForced(
         hidden=torch.stack([h[rows, positions] for h in hidden]),
-        targets=torch.tensor([so_far[-1] for so_far in read_at], device=prefix.device),
-        places=[torch.tensor([place_of[so_far] for so_far in text], device=prefix.device) for text in texts],
+        targets=torch.tensor([so_far[-1] for _, so_far in read_at], device=device),
+        places=[torch.tensor([place_of[so_far] for so_far in text], device=device) for text in texts],
     )
 
 
-@torch.no_grad()
 def score_forced(
     model: PreTrainedModel,
     forced: TeacherForced,
@@ -162,34 +177,64 @@ def score_forced(
     norm: bool = True,
     jsd: bool = False,
 ) -> list[ContinuationScores]:
-    """Read the layers (1..N-1) of a teacher-forced pass, for every alpha, in slices of bounded memory.
+    """Read the layers (1..N-1) of a teacher-forced pass through the model's own head: `score_states`.
 
-    `norm=False` reads them without LN_out, as the DoLa paper's code does. With every alpha above 0 and without `jsd` an
-    earlier layer is read only at the tokens that stay plausible, which costs little beside the forward pass. Raises
-    ValueError for a layer or an alpha out of range.
+    `norm=False` reads them without LN_out, as the DoLa paper's code does.
     """
     parts = find_decoder_parts(model)
-    if layers and sanitize_candidate_layers(layers, len(parts.layers)) != sorted(layers):
-        raise ValueError(f"layers must be different and in 1..{len(parts.layers) - 1}, got {list(layers)}")
+    vocab_size = model.config.get_text_config().vocab_size
+    return score_states(
+        forced,
+        parts.ln_out if norm else None,
+        parts.phi,
+        logits_per_place=vocab_size,
+        layers=layers,
+        alphas=alphas,
+        jsd=jsd,
+    )
+
+
+@torch.no_grad()
+def score_states(
+    forced: TeacherForced,
+    ln_out: Callable[[Tensor], Tensor] | None,
+    phi: Callable[..., Tensor],
+    *,
+    logits_per_place: int,
+    layers: Sequence[int],
+    alphas: Sequence[float],
+    jsd: bool = False,
+) -> list[ContinuationScores]:
+    """Score true tokens by the states of every layer, for every alpha, in slices of bounded memory.
+
+    `ln_out` and `phi` read a state as `compute_logprobs_from_hidden` does; `phi(h, columns=None)` gives some columns of
+    its `[..., vocab]` where they are asked for, and makes `logits_per_place` numbers of a state on the way. With every
+    alpha above 0 and without `jsd` an earlier layer is read only at the tokens that stay plausible, which costs little
+    beside the forward pass. Raises ValueError for a layer or an alpha out of range.
+    """
+    num_layers = len(forced.hidden) - 1
+    if layers and sanitize_candidate_layers(layers, num_layers) != sorted(layers):
+        raise ValueError(f"layers must be different and in 1..{num_layers - 1}, got {list(layers)}")
     slices = []
-    for some in slice_places(len(forced.targets), len(layers) + 1, model.config.get_text_config().vocab_size):
+    for some in slice_places(len(forced.targets), len(layers) + 1, logits_per_place):
         h_N, h_j, targets = forced.hidden[-1, some], forced.hidden[list(layers), some], forced.targets[some]
-        log_qN, columns = compute_logprobs_from_hidden(h_N, None, parts.phi), None
+        log_qN, columns = compute_logprobs_from_hidden(h_N, None, phi), None
         baseline = score_tokens(log_qN, targets)
         if min(alphas) > 0 and not jsd:
             columns = plausible_columns(log_qN, targets, min(alphas))
             log_qN, targets = log_qN[:, columns], torch.searchsorted(columns, targets)
-        phi = partial(parts.phi, columns=columns)
-        log_qj = compute_logprobs_from_hidden(h_j, parts.ln_out if norm else None, phi)
-        static = score_contrasts(log_qN, log_qj, targets, alphas)
+        log_qj = compute_logprobs_from_hidden(h_j, ln_out, partial(phi, columns=columns))
+        uniform = torch.zeros_like(log_qN)[None]  # contrasted with it, q_N is only masked
+        log_p, rank = score_contrasts(log_qN, torch.cat([uniform, log_qj]), targets, alphas)
         divergence = jsd_from_logprobs(log_qN, log_qj) if jsd else log_qN.new_empty(0, len(targets))
-        slices.append((*baseline, *static, divergence))
+        slices.append((*baseline, log_p, rank, divergence))
     log_q, rank_q, log_p, rank_p, divergence = (torch.cat(x, dim=-1) for x in zip(*slices, strict=True))
     return [
         ContinuationScores(
             layers=list(layers),
             baseline=TokenScores(log_q[at], rank_q[at]),
-            static=TokenScores(log_p[..., at], rank_p[..., at]),
+            apc_only=TokenScores(log_p[:, 0, at], rank_p[:, 0, at]),
+            static=TokenScores(log_p[:, 1:, at], rank_p[:, 1:, at]),
             jsd=divergence[:, at] if jsd else None,
         )
         for at in forced.places
