@@ -43,6 +43,7 @@ def image_geometry(mmgpt, vl_chat_processor) -> tuple[int, int]:
     return vl_chat_processor.image_processor.image_size, 2 ** (mmgpt.gen_vision_model.decoder.num_resolutions - 1)
 
 
+@torch.inference_mode()
 def tokens_to_images(mmgpt, tokens: Tensor, img_size: int, patch_size: int) -> list[Image.Image]:
     """VQ codes `[n, T]` to n RGB images of side `img_size`."""
     side = img_size // patch_size
@@ -354,8 +355,7 @@ def _generate_one(
     tokens = sample_image_tokens(
         mmgpt, vl_chat_processor, [prompt], decoding, parallel_size=parallel_size, seeds=[seed], trace=trace
     )[0]
-    with torch.inference_mode():
-        images = tokens_to_images(mmgpt, tokens, *image_geometry(mmgpt, vl_chat_processor))
+    images = tokens_to_images(mmgpt, tokens, *image_geometry(mmgpt, vl_chat_processor))
     return (images, tokens) if return_tokens else images
 
 

@@ -28,6 +28,7 @@ from generation_inference import (
 )
 from janus.utils.batch import RunLog, read_json_file, run_command, write_whole
 from janus.utils.io import load_pretrained_model, resolve_device, resolve_dtype
+from janus.utils.switches import DoLaSwitches
 
 HERE = Path(__file__).parent
 JANUS_TINY = HERE / "janus" / "checkpoints" / "janus-tiny"
@@ -222,9 +223,8 @@ class BatchRun:
 
 def decode_and_write(run: BatchRun, model, processor, indices: list[int], tokens: Tensor) -> None:
     """VQ codes `[prompts, images, T]` to files; runs beside the next batch's decoding."""
-    with torch.inference_mode():
-        for index, rows in zip(indices, tokens, strict=True):
-            run.write(index, tokens_to_images(model, rows, *image_geometry(model, processor)), rows)
+    for index, rows in zip(indices, tokens, strict=True):
+        run.write(index, tokens_to_images(model, rows, *image_geometry(model, processor)), rows)
 
 
 def run_prompts(run: BatchRun, model, processor, batch_size: int | None) -> tuple[int, float]:
@@ -297,12 +297,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--format", choices=("jpg", "png"), default="jpg", help="image format (default: %(default)s)")
     add("--overwrite", action="store_true", help="start anew where --outdir holds another run (default: refuse)")
     add("--max_prompts", type=positive, help="only the first so many prompts (default: all)")
-    dola = parser.add_argument_group("DoLa")
+    dola = parser.add_argument_group("DoLa", "flags win over --config")
+    dola.add_argument("--config", help="switches as JSON, with the layer and alpha (default: none)")
+    dola.add_argument("--domain", help="a domain of --config (default: the file's own values)")
     add = dola.add_mutually_exclusive_group().add_argument
     add("--layer", type=int, help="fixed contrast layer, 1..N; N is the baseline (default: by --layer_ratio)")
-    add("--layer_ratio", type=float, default=0.8, help="fixed contrast layer by depth, 0..1 (default: %(default)s)")
+    add("--layer_ratio", type=float, help="fixed contrast layer by depth, 0..1 (default: 0.8)")
     add("--candidate_layers", type=parse_layers, help="early exit among these, as 22,24,26,28 (default: fixed layer)")
-    dola.add_argument("--alpha", type=float, default=0.1, help="APC threshold, 0..1 (default: %(default)s)")
+    dola.add_argument("--alpha", type=float, help="APC threshold, 0..1 (default: 0.1)")
     dola.add_argument(
         "--cfg_order",
         choices=("guide_first", "contrast_first"),
@@ -324,8 +326,24 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def apply_switches(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Fill in, from --config, the layer and alpha of painting that no flag gives."""
+    if args.domain and not args.config:
+        parser.error("--domain needs --config")
+    switches = DoLaSwitches.from_json(args.config, args.domain) if args.config else DoLaSwitches()
+    if args.alpha is None:
+        args.alpha = switches.alpha_gen
+    if (args.layer, args.layer_ratio, args.candidate_layers) == (None, None, None):
+        args.layer = switches.fixed_layer_gen
+        args.no_dola |= not switches.use_dola_lm_static and not args.ab
+    if args.layer_ratio is None:
+        args.layer_ratio = 0.8
+
+
 def main() -> None:
-    args = build_parser().parse_args()
+    parser = build_parser()
+    args = parser.parse_args()
+    apply_switches(args, parser)
     prompts = read_prompts(args.prompt_json, args.max_prompts)
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
