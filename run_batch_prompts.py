@@ -26,13 +26,21 @@ from generation_inference import (
     static_layers,
     tokens_to_images,
 )
-from janus.utils.batch import RunLog, read_json_file, run_command, write_whole
+from janus.utils.batch import (
+    JANUS_TINY,
+    CommandParser,
+    RunLog,
+    add_model_arguments,
+    parse_layers,
+    positive,
+    read_json_file,
+    run_command,
+    write_whole,
+)
 from janus.utils.io import load_pretrained_model, resolve_device, resolve_dtype
 from janus.utils.switches import DoLaSwitches
 
-HERE = Path(__file__).parent
-JANUS_TINY = HERE / "janus" / "checkpoints" / "janus-tiny"
-EXAMPLE_PROMPTS = HERE / "examples" / "prompt.json"
+EXAMPLE_PROMPTS = Path(__file__).parent / "examples" / "prompt.json"
 MAX_IMAGES_PER_BATCH = {"cpu": 64, "cuda": 256}
 
 
@@ -273,25 +281,12 @@ def run_prompts(run: BatchRun, model, processor, batch_size: int | None) -> tupl
     return tokens_done, time.perf_counter() - started
 
 
-def parse_layers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected layers like 22,24,26,28, got {text!r}") from None
-
-
-def positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description="Paint every prompt of a JSON file with Janus, with DoLa decoding unless --no_dola."
     )
+    add_model_arguments(parser)
     add = parser.add_argument_group("files").add_argument
-    add("--model", default=str(JANUS_TINY), help="checkpoint directory or hub id (default: the embedded janus-tiny)")
     add("--prompt_json", default=str(EXAMPLE_PROMPTS), help='{"prompts": [...]} (default: examples/prompt.json)')
     add("--outdir", default="outputs", help="where images and manifest.jsonl go (default: %(default)s)")
     add("--format", choices=("jpg", "png"), default="jpg", help="image format (default: %(default)s)")
@@ -319,9 +314,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--cfg_weight", type=float, help="guidance, at least 0 (default: the checkpoint's own, else 5)")
     add("--temperature", type=float, default=1.0, help="sampling temperature, above 0 (default: %(default)s)")
     add("--seed", type=int, default=0, help="with the prompt, gives each prompt's own seed (default: %(default)s)")
-    add = parser.add_argument_group("machine").add_argument
-    add("--device", default="auto", help="cpu, cuda, cuda:N, or auto: CUDA if there is one (default: %(default)s)")
-    add("--dtype", default="auto", help="float32, bfloat16, float16, or auto: bfloat16 on CUDA (default: %(default)s)")
     add("--batch_size", type=positive, help="images decoded together (default: by the free memory)")
     return parser
 

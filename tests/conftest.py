@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,8 @@ from janus.models import MultiModalityCausalLM, VLChatProcessor
 from janus.utils.io import load_pretrained_model
 
 GOLDEN = Path(__file__).parent / "goldens" / "janus-upstream-tiny"
+DATA = Path(os.environ.get("JANUS_DOLA_DATA", "data"))
+"""Where GenEval's and PartiPrompts' prompts and FACTOR's set lie; tests of them skip where they do not."""
 torch.set_num_threads(2)
 settings.register_profile("project", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("project")

@@ -28,6 +28,13 @@ def run_command(main: Callable[[], None]) -> None:
         raise SystemExit(130) from None
 
 
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, as every other error of a command is."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(message)
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--model", default=str(JANUS_TINY), help="checkpoint directory or hub id (default: the embedded janus-tiny)")
@@ -101,7 +108,7 @@ class RunLog:
         self._write()
 
     def _read(self, overwrite: bool) -> None:
-        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(self.path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
             try:
                 entry = json.loads(line)
                 index, settings = entry["index"], entry["settings"]
