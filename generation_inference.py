@@ -25,6 +25,9 @@ from dola_runtime import (
     select_layer_by_jsd,
 )
 
+DECODED_TOGETHER = 16
+"""Images that the VQ decoder turns to pixels at a time: its full-size feature maps are what takes memory there."""
+
 
 def format_image_prompt(vl_chat_processor, text: str) -> str:
     """The text as the chat string that asks for an image, ending in `<begin_of_image>`."""
@@ -46,12 +49,13 @@ def image_geometry(mmgpt, vl_chat_processor) -> tuple[int, int]:
 @torch.inference_mode()
 def tokens_to_images(mmgpt, tokens: Tensor, img_size: int, patch_size: int) -> list[Image.Image]:
     """VQ codes `[n, T]` to n RGB images of side `img_size`."""
-    side = img_size // patch_size
-    shape = [len(tokens), mmgpt.gen_embed.weight.shape[1], side, side]
-    decoded = mmgpt.gen_vision_model.decode_code(tokens.to(torch.int), shape=shape)
-    pixels = decoded.to(torch.float32).cpu().numpy().transpose(0, 2, 3, 1)
-    pixels = np.clip((pixels + 1) / 2 * 255, 0, 255).astype(np.uint8)
-    return [Image.fromarray(image) for image in pixels]
+    side, images = img_size // patch_size, []
+    for part in tokens.split(DECODED_TOGETHER):
+        shape = [len(part), mmgpt.gen_embed.weight.shape[1], side, side]
+        decoded = mmgpt.gen_vision_model.decode_code(part.to(torch.int), shape=shape)
+        pixels = decoded.to(torch.float32).cpu().numpy().transpose(0, 2, 3, 1)
+        images += [Image.fromarray(image) for image in np.clip((pixels + 1) / 2 * 255, 0, 255).astype(np.uint8)]
+    return images
 
 
 @torch.inference_mode()

@@ -15,7 +15,7 @@ from janus.utils.io import load_pretrained_model
 GOLDEN = Path(__file__).parent / "goldens" / "janus-upstream-tiny"
 DATA = Path(os.environ.get("JANUS_DOLA_DATA", "data"))
 """Where GenEval's and PartiPrompts' prompts and FACTOR's set lie; tests of them skip where they do not."""
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the models are tiny: a second thread would only wait for the first
 settings.register_profile("project", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("project")
 

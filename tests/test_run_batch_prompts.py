@@ -163,11 +163,11 @@ def test_other_settings_or_prompts_are_refused_and_overwrite_starts_anew(tmp_pat
 
 def test_a_strangers_file_is_never_overwritten_unasked(tmp_path, capsys):
     (tmp_path / "out").mkdir()
-    mine = tmp_path / "out" / "0002_a dog_p0.jpg"
+    mine = tmp_path / "out" / "0002_a_dog_p0.jpg"
     mine.write_text("mine")
     with pytest.raises(SystemExit):
         run(tmp_path)
-    assert "0002_a dog_p0.jpg exists" in capsys.readouterr().err
+    assert "0002_a_dog_p0.jpg exists" in capsys.readouterr().err
     assert mine.read_text() == "mine" and list((tmp_path / "out").iterdir()) == [mine]
 
 

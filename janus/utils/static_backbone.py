@@ -41,7 +41,7 @@ class StaticBackbone:
         return cache[0, :, :, : self.visible], cache[1, :, :, : self.visible]
 
     def prefill(self, embeds: Tensor, valid: Tensor | None, rows: Tensor) -> Tensor:
-        """Read each prompt (`[prompts, T, width]`, real tokens in `valid`) once, then repeat its cache as `rows` says."""
+        """Read each of `[prompts, T, width]` once (`valid` marks real tokens), then repeat its cache as `rows` says."""
         prompts, length = embeds.shape[:2]
         self.target = self.cache.new_empty(
             (*self.cache.shape[:2], prompts, self.cache.shape[3], length, self.cache.shape[5])
@@ -61,7 +61,8 @@ class StaticBackbone:
             self.open[..., :length] = valid[rows, None, None]
             self.masked = True
         states = self._forward(embeds, mask, positions)[:, rows]
-        self.cache[..., :length, :] = self.target[:, :, rows]
+        for own, read in zip(self.cache, self.target, strict=True):  # by layer: no second cache in memory
+            own[..., :length, :] = read[:, rows]
         self.target, self.slots, self.filled = self.cache, self.position, length
         return states
 
