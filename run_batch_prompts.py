@@ -79,7 +79,7 @@ def file_stub(prompt: str, max_chars: int = 50, max_bytes: int = 120) -> str:
 
 
 def images_per_batch(model, num_layers_read: int, max_length: int) -> int:
-    """How many images fit into half of the free memory: each has two rows of cache and of logits, and one decode."""
+    """How many images fit into 0.7 of the free memory, each with two rows of cache and of logits."""
     llama, device = model.language_model.config, model.language_model.get_input_embeddings().weight.device
     bytes_per_value = model.language_model.get_input_embeddings().weight.element_size()
     head_dim = llama.hidden_size // llama.num_attention_heads
@@ -89,7 +89,7 @@ def images_per_batch(model, num_layers_read: int, max_length: int) -> int:
         free = torch.cuda.mem_get_info(device)[0]
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGESIZE") if hasattr(os, "sysconf") else 4 << 30
-    return max(1, min(MAX_IMAGES_PER_BATCH.get(device.type, 64), int(0.5 * free / (cache + logits))))
+    return max(1, min(MAX_IMAGES_PER_BATCH.get(device.type, 64), int(0.7 * free / (cache + logits))))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -16,6 +16,7 @@ from generation_inference import (
     generate_with_dola_static,
     sample_image_tokens,
 )
+from janus.utils import static_backbone
 from janus.utils.static_backbone import StaticBackbone
 
 
@@ -218,6 +219,33 @@ def test_bfloat16_runs_and_off_stays_close_to_the_reference_loop(golden, tmp_pat
         return_tokens=True,
     )
     assert ((dola >= 0) & (dola < 128)).all()
+
+
+class OneGraph:
+    """What capture returns on CUDA, played on the CPU: each replay runs the step on the very buffers it was made on."""
+
+    def __init__(self, step):
+        self.step = step
+        self.backbone = next(c.cell_contents for c in step.__closure__ if isinstance(c.cell_contents, StaticBackbone))
+        step()  # the warm-up must leave no mark
+
+    def __call__(self):
+        self.backbone.capturing = True
+        self.step()
+        self.backbone.capturing = False
+
+
+@pytest.mark.parametrize("decoding", DECODINGS, ids=str)
+def test_the_graphed_step_gives_the_same_tokens_across_its_buckets(golden, monkeypatch, decoding):
+    model, processor, prompts = golden.model, golden.processor, golden.facts["sft"]
+    how = {"parallel_size": 2, "seeds": [1, 2, 3, 4]}
+    expected = sample_image_tokens(model, processor, prompts, decoding, **how)
+    monkeypatch.setattr(static_backbone, "uses_graphs", lambda device: True)
+    monkeypatch.setattr(static_backbone, "capture", OneGraph)
+    monkeypatch.setattr(static_backbone, "BUCKET", 8)  # several captures within the 16 tokens
+    assert torch.equal(sample_image_tokens(model, processor, prompts, decoding, **how), expected)
+    alone = sample_image_tokens(model, processor, prompts[:1], decoding, parallel_size=2, seeds=[1])
+    assert torch.equal(alone[0], expected[0])
 
 
 # --- trace -----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,23 @@ BUCKET = 128
 """On CUDA a step is captured once per this many cache positions, so that attention reads little but what is filled."""
 
 
+def uses_graphs(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def capture(step: Callable[[], None]) -> Callable[[], None]:
+    """The CUDA graph of a step, as a function that replays it. The step may run more than once before."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # the warm-up that capture asks for
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 class StaticBackbone:
     """Reads the wanted layers of transformers' LlamaModel; itself the cache that its attention layers update.
 
@@ -19,15 +36,15 @@ class StaticBackbone:
     def __init__(self, llama: LlamaModel, layers: Sequence[int], rows: int, length: int):
         config, weight = llama.config, llama.embed_tokens.weight
         self.llama, self.layers = llama, layers
-        self.graphed = weight.device.type == "cuda"
+        self.graphed = uses_graphs(weight.device)
         capacity = -(-length // BUCKET) * BUCKET if self.graphed else length
         shape = (len(llama.layers), 2, rows, config.num_key_value_heads, capacity, llama.layers[0].self_attn.head_dim)
-        self.cache = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        self.cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)  # masked, but 0 x NaN is NaN
         self.open = torch.zeros((rows, 1, 1, capacity), dtype=torch.bool, device=weight.device)
         self.position = torch.zeros(1, dtype=torch.long, device=weight.device)
         self.masked = self.graphed
         self.capturing = False
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.replays: dict[int, Callable[[], None]] = {}
 
     @staticmethod
     def serves(llama) -> bool:
@@ -93,15 +110,8 @@ class StaticBackbone:
         if not self.graphed:
             return step()
         self._advance()
-        if self.visible not in self.graphs:
+        if self.visible not in self.replays:
             self.capturing = True
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # the warm-up that capture asks for; a step can be repeated without harm
-                step()
-            torch.cuda.current_stream().wait_stream(side)
-            self.graphs[self.visible] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[self.visible]):
-                step()
+            self.replays[self.visible] = capture(step)
             self.capturing = False
-        self.graphs[self.visible].replay()
+        self.replays[self.visible]()
