@@ -329,13 +329,13 @@ print((status("VmHWM") - before) / sum(p.nbytes for p in model.parameters()))
     ("bin", "float32", "bfloat16"),
 ])  # fmt: skip
 def test_loading_needs_at_most_1_2_times_the_target_in_memory(tmp_path, suffix, stored, target):
-    config = other_config(hidden_size=768, intermediate_size=2048, num_hidden_layers=12, vocab_size=8000)
+    config = other_config(hidden_size=640, intermediate_size=1792, num_hidden_layers=8, vocab_size=8000)
     for section, keys in (
         ("aligner_config", ["n_embed"]),
         ("gen_aligner_config", ["n_embed"]),
         ("gen_head_config", ["n_embed"]),
     ):
-        getattr(config, section)["params"] |= dict.fromkeys(keys, 768)
+        getattr(config, section)["params"] |= dict.fromkeys(keys, 640)
     model = MultiModalityCausalLM(config).to(getattr(torch, stored))
     model.save_pretrained(tmp_path)
     if suffix == "bin":

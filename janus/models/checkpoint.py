@@ -234,10 +234,8 @@ def _read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     except CheckpointError:
         raise
     except Exception as error:  # safetensors, zip and unpickling errors share no base class
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{path}: not readable as plain tensors; truncated, or not a weight file? ({cause})"
-        ) from None
+        cause = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]
+        raise CheckpointError(f"{path}: truncated, or not a file of plain tensors ({cause})") from None
 
 
 # --- model <-> files -------------------------------------------------------------------------------------------------
