@@ -3,7 +3,6 @@
 Everything here works on any object with the attribute names of a Janus model, the original code's included.
 """
 
-import argparse
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,6 +43,11 @@ def format_image_prompt(vl_chat_processor, text: str) -> str:
 def image_geometry(mmgpt, vl_chat_processor) -> tuple[int, int]:
     """(side of a generated image, side of the patch one code stands for), in pixels."""
     return vl_chat_processor.image_processor.image_size, 2 ** (mmgpt.gen_vision_model.decoder.num_resolutions - 1)
+
+
+def own_guidance(mmgpt) -> float:
+    """The checkpoint's own guidance: `guidance_scale` of its generation_config.json, 5 where it carries none."""
+    return getattr(getattr(mmgpt, "generation_config", None), "guidance_scale", None) or 5.0
 
 
 @torch.inference_mode()
@@ -425,26 +429,28 @@ def generate_with_dola(
 
 
 def main() -> None:
+    from janus.utils.batch import CommandParser, add_model_arguments, positive
     from janus.utils.io import load_pretrained_model
 
-    parser = argparse.ArgumentParser(description="The reference text-to-image loop, one prompt to generated_samples/.")
-    parser.add_argument("--model", required=True, help="checkpoint directory or hub id")
+    parser = CommandParser(description="The reference text-to-image loop: one prompt to generated_samples/.")
+    add_model_arguments(parser)
     parser.add_argument("--prompt", required=True, help="what to paint")
-    parser.add_argument("--parallel_size", type=int, default=16, help="images (default: 16)")
-    parser.add_argument("--cfg_weight", type=float, default=5.0, help="guidance (default: 5)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature (default: 1)")
+    parser.add_argument("--parallel_size", type=positive, default=16, help="images (default: %(default)s)")
+    parser.add_argument("--cfg_weight", type=float, help="guidance (default: the checkpoint's own, else 5)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature (default: %(default)s)")
     parser.add_argument("--seed", type=int, help="seed of torch's generator (default: none)")
     args = parser.parse_args()
-    try:
-        _, processor, model = load_pretrained_model(args.model)
-    except ValueError as error:
-        parser.exit(2, f"error: {error}\n")
+    _, processor, model = load_pretrained_model(args.model, args.dtype, args.device)
+    cfg_weight = own_guidance(model) if args.cfg_weight is None else args.cfg_weight
+    Decoding(temperature=args.temperature, cfg_weight=cfg_weight)  # the check of both
     if args.seed is not None:
         torch.manual_seed(args.seed)
     prompt = format_image_prompt(processor, args.prompt)
-    generate(model, processor, prompt, args.temperature, args.parallel_size, args.cfg_weight)
+    generate(model, processor, prompt, args.temperature, args.parallel_size, cfg_weight)
     print(f"{args.parallel_size} images in generated_samples/")
 
 
 if __name__ == "__main__":
-    main()
+    from janus.utils.batch import run_command
+
+    run_command(main)

@@ -22,6 +22,7 @@ from generation_inference import (
     Decoding,
     format_image_prompt,
     image_geometry,
+    own_guidance,
     sample_image_tokens,
     static_layers,
     tokens_to_images,
@@ -341,8 +342,7 @@ def main() -> None:
     dtype = resolve_dtype(args.dtype, device)
     Decoding((), args.alpha, args.temperature, args.cfg_weight or 0.0)  # numbers out of range end here, before the load
     _, processor, model = load_pretrained_model(args.model, dtype, device)
-    own = getattr(getattr(model, "generation_config", None), "guidance_scale", None)
-    cfg_weight = args.cfg_weight if args.cfg_weight is not None else (own or 5.0)
+    cfg_weight = own_guidance(model) if args.cfg_weight is None else args.cfg_weight
     if args.candidate_layers is not None:
         num_layers = len(model.language_model.model.layers)
         layers = tuple(sanitize_candidate_layers(args.candidate_layers, num_layers))
