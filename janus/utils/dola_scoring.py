@@ -20,6 +20,8 @@ from janus.utils.dola_logits_processor import find_decoder_parts
 
 SLICE_ELEMENTS = 2**25
 """Bound on layers x places x vocab that are read at a time: 128 MiB of float32, and a few times that in passing."""
+SLICE_PLACES = 64
+"""Bound on places that are read at a time: what is plausible at any of them is read at all of them."""
 DROPPED = -1000.0
 """What the DoLa paper's evaluation takes for the log-probability of a token outside the plausible set."""
 
@@ -242,8 +244,8 @@ def score_states(
 
 
 def slice_places(places: int, layers: int, vocab: int) -> Iterator[slice]:
-    """Cut 0..places-1 so that layers x places x vocab stays within `SLICE_ELEMENTS`, one place at the least."""
-    step = max(1, SLICE_ELEMENTS // (layers * vocab))
+    """Cut 0..places-1 into `SLICE_PLACES`, or less where layers x places x vocab would go beyond `SLICE_ELEMENTS`."""
+    step = max(1, min(SLICE_PLACES, SLICE_ELEMENTS // (layers * vocab)))
     return (slice(start, start + step) for start in range(0, places, step))
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize as l2_normalize
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, SiglipModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dola_runtime import compute_logprobs_from_hidden, contrast_with_apc_from_logprobs, guide_logits, probs_from_scores
 from generation_inference import Decoding, format_image_prompt, pack_prompts, trace_step
@@ -30,7 +30,7 @@ from janus.utils.dola_scoring import (
     score_states,
     teacher_force_batch,
 )
-from janus.utils.rerank_with_dola import build_text_bank, load_image, pooled_features, tower_depth
+from janus.utils.rerank_with_dola import build_text_bank, load_image, own_tau, pooled_features, tower_depth
 
 Example = dict[str, Any]
 """A line of the input: the fields of its task, image paths resolved, and `domain` where there are domains."""
@@ -145,8 +145,8 @@ def image_task(model, processor, cfg_weight: float) -> Task:
     unit_range = replace(processor.image_processor, image_mean=(0.5,) * 3, image_std=(0.5,) * 3)  # pixels in [-1, 1]
 
     def phi(h: Tensor, columns: Tensor | None = None) -> Tensor:
-        logits = guide_logits(model.gen_head(h).float(), cfg_weight)[..., 0, :]
-        return logits if columns is None else logits[..., columns]
+        logits = model.gen_head(h) if columns is None else model.gen_head(h)[..., columns]
+        return guide_logits(logits.float(), cfg_weight)[..., 0, :]
 
     def read(examples: Sequence[Example]) -> Iterator[Reading]:
         pixels = unit_range([load_image(example["image"]) for example in examples]).to(embed.weight)
@@ -236,21 +236,17 @@ def _language_task(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, p
     return Task(len(parts.layers), read, lambda example, token: str(tokenizer.decode([token])))
 
 
-def tower_task(
-    vit, image_processor, siglip: SiglipModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
-) -> Task:
+def tower_task(vit, image_processor, siglip, tokenizer, examples: Sequence[Example]) -> Task:
     """`{"image", "caption", "candidates"}`: which candidate the image shows.
 
     The temperature is the one that SigLIP was trained with. The texts of all `examples` are embedded here, once.
     """
     texts = list(dict.fromkeys(text for example in examples for text in example["candidates"]))
     chunks = [texts[start : start + TEXTS_CHUNK] for start in range(0, len(texts), TEXTS_CHUNK)]
-    with torch.inference_mode():
-        text_bank = torch.cat([build_text_bank(siglip, tokenizer, chunk) for chunk in chunks])
-        text_bank = l2_normalize(text_bank.float(), dim=-1)
-        scale = siglip.logit_scale.float().exp()
+    text_bank = torch.cat([build_text_bank(siglip, tokenizer, chunk) for chunk in chunks])
     row_of = {text: row for row, text in enumerate(texts)}
-    weight, depth = next(vit.parameters()), tower_depth(vit)
+    weight, depth, tau = next(vit.parameters()), tower_depth(vit), own_tau(siglip)
+    text_bank = l2_normalize(text_bank.to(weight.device).float(), dim=-1)
 
     def read(examples: Sequence[Example]) -> Iterator[Reading]:
         pixels = image_processor([load_image(example["image"]) for example in examples]).to(weight)
@@ -261,7 +257,7 @@ def tower_task(
             bank = text_bank[[row_of[text] for text in candidates]]
 
             def phi(z: Tensor, columns: Tensor | None = None, bank: Tensor = bank) -> Tensor:
-                return scale * l2_normalize(z.float(), dim=-1) @ (bank if columns is None else bank[columns]).T
+                return l2_normalize(z.float(), dim=-1) @ (bank if columns is None else bank[columns]).T / tau
 
             targets = torch.tensor([candidates.index(caption) for caption in captions], device=weight.device)
             places = torch.arange(len(captions), device=weight.device)[:, None]

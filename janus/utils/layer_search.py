@@ -17,11 +17,18 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
-from transformers import AutoTokenizer, SiglipModel
 
-from generation_inference import Decoding
-from janus.models.checkpoint import resolve_directory
-from janus.utils.batch import RunLog, read_json_file, run_command, write_whole
+from generation_inference import Decoding, own_guidance
+from janus.utils.batch import (
+    JANUS_TINY,
+    RunLog,
+    add_model_arguments,
+    parse_layers,
+    positive,
+    read_json_file,
+    run_command,
+    write_whole,
+)
 from janus.utils.io import load_pretrained_model, resolve_device, resolve_dtype
 from janus.utils.layer_metrics import (
     FIELDS,
@@ -37,9 +44,8 @@ from janus.utils.layer_metrics import (
     rivals,
     tower_task,
 )
-from janus.utils.rerank_with_dola import load_image
+from janus.utils.rerank_with_dola import find_text_encoder, load_image
 from janus.utils.switches import DoLaSwitches
-from run_batch_prompts import JANUS_TINY, parse_layers, positive
 
 ALPHAS = (0.02, 0.05, 0.1, 0.2, 0.5)
 SWITCHES = {
@@ -380,7 +386,7 @@ def as_code(text: str) -> str:
 
 def parse_alphas(text: str) -> list[float]:
     try:
-        return [float(part) for part in text.split(",")]
+        return sorted({float(part) for part in text.split(",")})
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected alphas like 0.05,0.1,0.2, got {text!r}") from None
 
@@ -397,11 +403,8 @@ def build_parser() -> argparse.ArgumentParser:
         one = tasks.add_parser(task, help=f"lines with {names}", description=f"JSONL lines with {names}.")
         add = one.add_argument_group("files").add_argument
         add("--data", type=Path, required=True, help="JSONL file; image paths are relative to it")
-        add(
-            "--model", default=str(JANUS_TINY), help="checkpoint directory or hub id (default: the embedded janus-tiny)"
-        )
         if task == "tower":
-            add("--siglip", type=Path, help="the paired SiglipModel's directory (default: siglip in the checkpoint)")
+            add("--text_encoder", help="paired SiglipModel: directory or hub id (default: siglip/ in --model)")
         add("--outdir", type=Path, default=f"outputs/layer_search_{task}", help="(default: %(default)s)")
         add("--switches", type=Path, help="switches file to write or update (default: switches.json in --outdir)")
         add("--overwrite", action="store_true", help="start anew where --outdir holds another run (default: refuse)")
@@ -412,24 +415,9 @@ def build_parser() -> argparse.ArgumentParser:
             add("--cfg_weight", type=float, help="guidance, at least 0 (default: the checkpoint's own, else 5)")
         add("--domain-field", metavar="NAME", help="a field that names each line's domain: a layer for each")
         add("--explain", type=positive, metavar="N", help="write explain.md: N examples made right, N made wrong")
-        add = one.add_argument_group("machine").add_argument
-        add("--device", default="auto", help="cpu, cuda, cuda:N, or auto: CUDA if there is one (default: %(default)s)")
-        add(
-            "--dtype",
-            default="auto",
-            help="float32, bfloat16, float16, or auto: bfloat16 on CUDA (default: %(default)s)",
-        )
         add("--batch_size", type=positive, default=16, help="examples in one forward pass (default: %(default)s)")
+        add_model_arguments(one)
     return parser
-
-
-def load_siglip(directory: Path, device, dtype) -> tuple[SiglipModel, Any]:
-    """The text side of the tower. Raises ValueError naming the directory."""
-    if not (directory / "config.json").is_file():
-        raise ValueError(f"{directory}: no SiglipModel there (config.json is missing); see --siglip")
-    return SiglipModel.from_pretrained(directory, dtype=dtype).to(device).eval(), AutoTokenizer.from_pretrained(
-        directory
-    )
 
 
 def main() -> None:
@@ -452,15 +440,14 @@ def main() -> None:
     }
     _, processor, model = load_pretrained_model(args.model, dtype, device)
     if args.task == "image":
-        own = getattr(getattr(model, "generation_config", None), "guidance_scale", None)
-        settings["cfg_weight"] = args.cfg_weight if args.cfg_weight is not None else (own or 5.0)
+        settings["cfg_weight"] = own_guidance(model) if args.cfg_weight is None else args.cfg_weight
         Decoding(cfg_weight=settings["cfg_weight"])
         task = image_task(model, processor, settings["cfg_weight"])
     elif args.task == "answers":
         task = answers_task(model, processor)
     else:
-        siglip = load_siglip(args.siglip or resolve_directory(args.model) / "siglip", device, dtype)
-        task = tower_task(model.vision_model.vision_tower, processor.image_processor, *siglip, examples)
+        encoder = find_text_encoder(args.model, args.text_encoder)
+        task = tower_task(model.vision_model.vision_tower, processor.image_processor, *encoder, examples)
     settings["layers"] = sorted(set(args.layers or range(1, task.num_layers)))
     if outside := [layer for layer in settings["layers"] if not 1 <= layer < task.num_layers]:
         raise ValueError(f"--layers: a contrast layer is in 1..{task.num_layers - 1}, got {outside[0]}")

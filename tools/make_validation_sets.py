@@ -1,0 +1,44 @@
+"""Draws held-out scenes as inputs of the layer search: `python -m tools.make_validation_sets`.
+
+Writes `image.jsonl`, `answers.jsonl` and `tower.jsonl`, each line with the field `kind`, and the drawings in `images/`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tools import scenes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--outdir", type=Path, default=Path("build/validation"), help="(default: %(default)s)")
+    parser.add_argument("--count", type=int, default=400, help="drawings, every third of one object (default: 400)")
+    args = parser.parse_args()
+    (args.outdir / "images").mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    every = [
+        [scene for scene in kind if scenes.is_held_out(scene)]
+        for kind in (scenes.two_object_scenes(), scenes.one_object_scenes())
+    ]
+    lines: dict[str, list[dict[str, str]]] = {"image": [], "answers": [], "tower": []}
+    for i in range(args.count):
+        kind = every[i % 3 == 0]
+        scene = kind[rng.integers(len(kind))]
+        file, objects = f"images/{i:04d}.png", "one object" if scene.size else "two objects"
+        Image.fromarray(scenes.draw(scene, rng)).save(args.outdir / file)
+        asked = scenes.questions(scene)
+        about, question, answer = asked[rng.integers(len(asked))]
+        lines["image"].append({"prompt": scene.caption, "image": file, "kind": objects})
+        lines["answers"].append({"question": question, "answer": answer, "image": file, "kind": about})
+        lines["tower"].append({"image": file, "caption": scene.caption, "kind": objects})
+    for task, entries in lines.items():
+        (args.outdir / f"{task}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    print(f"{args.count} drawings: {args.outdir}")
+
+
+if __name__ == "__main__":
+    main()
