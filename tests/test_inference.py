@@ -20,12 +20,12 @@ from janus.utils.switches import DoLaSwitches
 from tests.conftest import GOLDEN
 
 SAMPLE, QUESTION = GOLDEN / "sample.png", "What is in this image?"
-CANDIDATES = ("a red circle", "blue", "Opera House")
+CANDIDATES = ("A red circle", "blue", "画一只在草地上的狗")  # the first and the last begin as unfused answers go on
 
 
 @pytest.fixture(scope="module")
 def bank() -> Tensor:
-    return torch.randn(len(CANDIDATES), 32, generator=torch.Generator().manual_seed(0))
+    return torch.randn(len(CANDIDATES), 32, generator=torch.Generator().manual_seed(5))
 
 
 @torch.no_grad()
@@ -195,9 +195,11 @@ def test_bad_parts_of_the_whole_are_named(golden, bank, change: dict, message: s
         "candidates": CANDIDATES,
         "text_bank": bank,
     }
+    blocks = golden.model.language_model.model.layers
+    before = [len(block._forward_hooks) for block in blocks]
     with pytest.raises(ValueError, match=message):
         answer_with_switches(golden.model, golden.processor, **usual | change)
-    assert not any(block._forward_hooks for block in golden.model.language_model.model.layers)
+    assert [len(block._forward_hooks) for block in blocks] == before
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -233,7 +235,7 @@ def write_questions(folder: Path, *entries: Any) -> Path:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def test_the_command_prints_the_reference_answer(golden, monkeypatch, capsys):
@@ -294,7 +296,7 @@ def test_a_batch_writes_answers_and_accuracy(golden, monkeypatch, capsys, tmp_pa
 
 
 def test_a_killed_batch_resumes_to_the_same_bytes(monkeypatch, tmp_path):
-    questions = write_questions(tmp_path, *({"image": "sample.png", "question": f"Number {i}?"} for i in range(4)))
+    questions = write_questions(tmp_path, *({"image": "sample.png", "question": f"Number\u2028 {i}?"} for i in range(4)))
     run(monkeypatch, "--questions", questions, "--outdir", tmp_path / "whole")
     asked = []
 

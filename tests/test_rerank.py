@@ -1,3 +1,5 @@
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +11,19 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipModel, SiglipVisionModel
 
+from janus.utils import rerank_with_dola
+from janus.utils.batch import run_command
 from janus.utils.rerank_with_dola import (
     build_probs_from_rep,
     build_text_bank,
     load_image,
+    own_tau,
     pooled_features,
     rerank_with_dola_siglip,
     rerank_with_dola_static_siglip,
     tower_depth,
 )
+from janus.utils.switches import DoLaSwitches
 from tests.conftest import GOLDEN
 
 
@@ -290,3 +296,95 @@ def test_a_file_that_is_no_image_is_named(tmp_path: Path):
     for name, message in (("text.png", "not an image"), ("cut.png", "not an image"), ("none.png", "file not found")):
         with pytest.raises(ValueError, match=f"{name}: {message}"):
             load_image(tmp_path / name)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+TEXTS = ["a red circle", "blue", "Opera House"]
+
+
+@pytest.fixture(scope="module")
+def text_encoder(tokenizer, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("siglip")
+    siglip().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run(monkeypatch, text_encoder: Path, *options: object) -> None:
+    usual = ["--model", GOLDEN, "--device", "cpu", "--dtype", "float32", "--text_encoder", text_encoder]
+    monkeypatch.setattr(sys, "argv", ["rerank_with_dola", *map(str, [*usual, *options])])
+    run_command(rerank_with_dola.main)
+
+
+@pytest.mark.parametrize(
+    ("options", "layer"),
+    [
+        ([], 3),
+        (["--layer", 1, "--alpha", 0], 1),
+        (["--no_dola"], 4),
+        (["--candidate_layers", "1,2"], None),
+        (["--config", "s.json"], 2),
+        (["--config", "s.json", "--domain", "off"], 4),
+        (["--config", "s.json", "--domain", "off", "--layer", 1], 1),
+    ],
+)
+def test_the_command_ranks_as_the_functions_do(
+    golden, monkeypatch, capsys, tmp_path, tokenizer, text_encoder, options: list, layer: int | None
+):
+    monkeypatch.chdir(tmp_path)
+    base = DoLaSwitches(fixed_layer_vit=2, alpha_V=0.1)
+    base.to_json("s.json", {"off": DoLaSwitches(use_dola_siglip_static=False)})
+    other = load_image(GOLDEN / "sample.png").rotate(90)
+    other.save("turned.png")
+    options = [*options, "--images", GOLDEN / "sample.png", "turned.png", "--json", "out.json"]
+    run(monkeypatch, text_encoder, *options, "--candidates", *TEXTS)
+    model = siglip()
+    images = golden.processor.image_processor([load_image(GOLDEN / "sample.png"), other])
+    bank, tower = build_text_bank(model, tokenizer, TEXTS), golden.model.vision_model.vision_tower
+    alpha = 0.0 if "--alpha" in options else 0.1
+    if layer is None:
+        p_hat, layers = rerank_with_dola_siglip(tower, images, bank, alpha, own_tau(model), [1, 2])
+    else:
+        p_hat = rerank_with_dola_static_siglip(tower, images, bank, layer, alpha, own_tau(model))
+        layers = torch.full((2,), layer)
+    written = json.loads(Path("out.json").read_text())
+    assert [entry["layer"] for entry in written] == layers.tolist()
+    for entry, row in zip(written, p_hat, strict=True):
+        found = {line["candidate"]: line["p_hat"] for line in entry["ranking"]}
+        assert [found[text] for text in TEXTS] == pytest.approx(row.tolist(), abs=1e-6)
+        assert [line["p_hat"] for line in entry["ranking"]] == sorted(found.values(), reverse=True)
+    table = capsys.readouterr().out.splitlines()
+    best = TEXTS[p_hat[0].argmax()]
+    assert "sample.png" in table[0] and table[1].split(maxsplit=2) == ["1", f"{p_hat[0].max():.4f}", best]
+    assert "turned.png" in table[4] and len(table) == 8
+
+
+def test_candidates_may_come_from_a_file(monkeypatch, capsys, tmp_path, text_encoder):
+    (tmp_path / "texts.txt").write_text("a red circle\nblue\n")
+    run(monkeypatch, text_encoder, "--images", GOLDEN / "sample.png", "--candidates", f"@{tmp_path / 'texts.txt'}")
+    assert {line.split(maxsplit=2)[2] for line in capsys.readouterr().out.splitlines()[1:]} == {"a red circle", "blue"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--images": __file__}, f"{__file__}: not an image"),
+        ({"--images": "none.png"}, "none.png: file not found"),
+        ({"--layer": 9}, "the tower's layers are 1..4, got [9]"),
+        ({"--layer": 0}, "fixed_layer_vit must be at least 1, got 0"),
+        ({"--tau": 0}, "tau must be positive and finite, got 0.0"),
+        ({"--alpha": 7}, "alpha_V must be in [0, 1], got 7.0"),
+        ({"--candidates": " "}, "candidate ' ' has no token"),
+        ({"--candidate_layers": "18,20"}, "candidate_layers [18, 20] hold no layer in 1..3"),
+        ({"--candidate_layers": "x"}, "expected layers like 22,24,26,28, got 'x'"),
+        ({"--config": "none.json"}, "none.json: file not found"),
+        ({"--domain": "a"}, "--domain needs --config"),
+        ({"--text_encoder": "none"}, "not a SigLIP model that transformers can load"),
+    ],
+)
+def test_what_cannot_be_ranked_ends_in_one_line(monkeypatch, capsys, text_encoder, change: dict, message: str):
+    options = {"--images": GOLDEN / "sample.png", "--candidates": "blue"} | change
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, text_encoder, *(word for option in options.items() for word in option))
+    assert end.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]

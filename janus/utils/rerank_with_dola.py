@@ -89,7 +89,7 @@ def find_text_encoder(model: str, text_encoder: str | None) -> tuple[Any, Any]:
 
 def own_tau(siglip) -> float:
     """The temperature a SigLIP was trained with, `exp(-logit_scale)`."""
-    return float((-siglip.logit_scale).exp())
+    return siglip.logit_scale.neg().exp().item()
 
 
 @torch.no_grad()
@@ -231,11 +231,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.domain is not None and args.config is None:
         parser.error("--domain needs --config")
-    given = {
-        "fixed_layer_vit": args.layer,
-        "alpha_V": args.alpha,
-        "use_dola_siglip_static": False if args.no_dola else None,
-    }
+    on = False if args.no_dola else True if args.layer else None
+    given = {"fixed_layer_vit": args.layer, "alpha_V": args.alpha, "use_dola_siglip_static": on}
     switches = DoLaSwitches.from_json(args.config, args.domain) if args.config else DoLaSwitches()
     switches = replace(switches, **{name: value for name, value in given.items() if value is not None})
     pictures = [load_image(path) for path in args.images]
