@@ -21,6 +21,7 @@ from generation_inference import (
     Decoding,
     format_image_prompt,
     image_geometry,
+    own_guidance,
     sample_image_tokens,
     tokens_to_images,
 )
@@ -189,60 +190,85 @@ def grid(model: MultiModalityCausalLM, processor: VLChatProcessor, layer: int, p
         print("-", scene.caption)
 
 
-def own_guidance(model: MultiModalityCausalLM) -> float:
-    return float(getattr(model.generation_config, "cfg_weight", 5.0))
+def judge_rates(model: MultiModalityCausalLM, processor: VLChatProcessor, count: int) -> dict[str, dict[str, Rate]]:
+    """How often the judge reads a drawing, and its VQ reconstruction, as what was drawn."""
+    rates: dict[str, dict[str, Rate]] = {"real drawings": {}, "VQ reconstructions": {}}
+    for split, every in SPLITS.items():
+        rng, wanted = np.random.default_rng(1), some(every, count, seed=1)
+        drawings = [scenes.draw(scene, rng) for scene in wanted]
+        rates["real drawings"][split] = count_read(drawings, wanted)
+        rates["VQ reconstructions"][split] = count_read(reconstruct(model, processor, drawings), wanted)
+    return rates
+
+
+def painting_rates(
+    model: MultiModalityCausalLM, processor: VLChatProcessor, decoding: Decoding, count: int
+) -> tuple[dict[str, Rate], float]:
+    """Split -> how often a prompt is met, and the mean distance of the images to their nearest drawings."""
+    rates, distances = {}, []
+    for split, every in SPLITS.items():
+        wanted = some(every, count, seed=0)
+        read = [scenes.judge(image) for image in paint(model, processor, wanted, decoding)]
+        rates[split] = (sum(scene == other for (scene, _), other in zip(read, wanted, strict=True)), count)
+        distances += [distance for _, distance in read]
+    return rates, float(np.mean(distances))
+
+
+def cells(rates: dict[str, Rate]) -> list[str]:
+    """The rate of each split, and of all of them together."""
+    return [percent(rates[split]) for split in SPLITS] + [
+        percent((sum(rate[0] for rate in rates.values()), sum(rate[1] for rate in rates.values())))
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("janus/checkpoints/janus-tiny"))
-    parser.add_argument("--count", type=int, default=120, help="prompts, drawings or questions per split")
+    parser.add_argument("--count", type=int, default=120, help="prompts of a split in each row of the DoLa table")
     parser.add_argument("--json", type=Path, help="where to write the counts behind the tables")
     parser.add_argument("--grid", type=Path, help="where to write a picture of a dozen prompts")
     args = parser.parse_args()
     _, processor, model = load_pretrained_model(args.model, dtype="float32", device="cpu")
-    found: dict[str, dict] = {"judge": {}, "images": {}, "questions": {}, "tower": {}}
+    own, many = own_guidance(model), 2 * args.count
+    header = ["", *SPLITS, "together"]
 
-    for split, every in SPLITS.items():
-        rng, wanted = np.random.default_rng(1), some(every, args.count, seed=1)
-        drawings = [scenes.draw(scene, rng) for scene in wanted]
-        found["judge"][split] = {
-            "real drawings": count_read(drawings, wanted),
-            "VQ reconstructions": count_read(reconstruct(model, processor, drawings), wanted),
-        }
-    print("Judge: share read as drawn, %\n")
-    kinds = ["real drawings", "VQ reconstructions"]
-    print(markdown(["", *SPLITS], [[k, *(percent(found["judge"][s][k]) for s in SPLITS)] for k in kinds]), "\n")
+    judged = judge_rates(model, processor, args.count)
+    print(f"Judge: share of {args.count} drawings per split read as drawn, %\n")
+    print(markdown(header, [[name, *cells(rates)] for name, rates in judged.items()]), "\n")
 
-    found["tower"] = tower_rates(args.model, model, args.count)
-    print("Tower: top-1 over all captions of the kind, %\n")
-    print(markdown([*SPLITS], [[percent(found["tower"][split]) for split in SPLITS]]), "\n")
+    tower = tower_rates(args.model, model, many)
+    print(f"Tower: top-1 over all captions of the kind, {many} drawings per split, %\n")
+    print(markdown(header, [["top-1", *cells(tower)]]), "\n")
 
-    table = []
+    asked = {}
     for layer in tqdm([None, *LAYERS], desc="questions"):
         name = "baseline" if layer is None else f"DoLa layer {layer}, alpha 0.1"
-        rates = question_rates(model, processor, args.count, layer)
-        found["questions"][name] = rates
-        table.append([name, *(percent(rates[split]["all"]) for split in SPLITS)])
-    print("Questions: share answered word for word (greedy), %\n")
-    print(markdown(["", *SPLITS], table), "\n")
+        asked[name] = question_rates(model, processor, many, layer)
+    print(f"Questions: share of {many} per split answered word for word (greedy), %\n")
+    rows = [[name, *cells({split: rates["all"] for split, rates in of.items()})] for name, of in asked.items()]
+    print(markdown(header, rows), "\n")
 
-    guidance = sorted({own_guidance(model), *GUIDANCE})
-    jobs = [(w, name, decoding) for w in guidance for name, decoding in variants(w).items()]
-    table = []
+    at_own, distance = painting_rates(model, processor, Decoding(cfg_weight=own), many)
+    print(f"Images at the checkpoint's own guidance, {many} prompts per split, temperature 1: prompts met exactly, %\n")
+    print(markdown([*header, "distance"], [[f"baseline, cfg {own:g}", *cells(at_own), f"{distance:.1f}"]]), "\n")
+
+    painted, rows = {}, []
+    jobs = [(w, name, decoding) for w in GUIDANCE for name, decoding in variants(w).items()]
     for w, name, decoding in tqdm(jobs, desc="images"):
-        rates, distances = {}, []
-        for split, every in SPLITS.items():
-            wanted = some(every, args.count, seed=0)
-            read = [scenes.judge(image) for image in paint(model, processor, wanted, decoding)]
-            rates[split] = (sum(scene == other for (scene, _), other in zip(read, wanted, strict=True)), len(wanted))
-            distances += [distance for _, distance in read]
-        found["images"].setdefault(f"{w:g}", {})[name] = rates | {"distance": float(np.mean(distances))}
-        table.append([f"{w:g}", name, *(percent(rates[split]) for split in SPLITS), f"{np.mean(distances):.1f}"])
-    print("Images: share that meets the prompt exactly, %, and mean distance to the nearest drawing in grey levels\n")
-    print(markdown(["cfg", "", *SPLITS, "distance"], table))
+        rates, distance = painting_rates(model, processor, decoding, args.count)
+        painted[f"cfg {w:g}, {name}"] = rates | {"distance": distance}
+        rows.append([f"{w:g}", name, *cells(rates), f"{distance:.1f}"])
+    print(f"Images: {args.count} prompts per split met exactly, %, and the mean distance to the nearest drawing\n")
+    print(markdown(["cfg", *header, "distance"], rows))
 
     if args.json:
+        found = {
+            "judge": judged,
+            "tower": tower,
+            "questions": asked,
+            f"baseline, cfg {own:g}": at_own,
+            "images": painted,
+        }
         args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if args.grid:
         grid(model, processor, LAYERS[-1], args.grid)
