@@ -359,7 +359,7 @@ def _generate_one(
     seed: int | None,
     return_tokens: bool,
     trace: list[dict[str, Any]] | None,
-):
+) -> Any:
     tokens = sample_image_tokens(
         mmgpt, vl_chat_processor, [prompt], decoding, parallel_size=parallel_size, seeds=[seed], trace=trace
     )[0]
@@ -386,7 +386,7 @@ def generate_with_dola_static(
     # output
     return_tokens: bool = False,
     trace: list[dict[str, Any]] | None = None,
-):
+) -> Any:
     """Images of one rendered prompt, contrasting the last layer with a fixed earlier one at every step.
 
     `layer` is in 1..N (N, like `use_dola=False`, samples from the last layer: in float32 the tokens of `generate` for
@@ -417,7 +417,7 @@ def generate_with_dola(
     # output
     return_tokens: bool = False,
     trace: list[dict[str, Any]] | None = None,
-):
+) -> Any:
     """The early-exit form: at every step, each row contrasts with the candidate that differs most from the last layer.
 
     Candidates outside 1..N-1 are dropped. Otherwise as `generate_with_dola_static`; raises ValueError also where no

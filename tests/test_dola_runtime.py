@@ -63,7 +63,7 @@ def test_p_hat_is_the_papers_formula_in_float64(pair, alpha, temperature):
     margin = np.abs(np.exp(log_qN) - alpha * np.exp(log_qN).max(-1, keepdims=True))
     if (margin[margin > 0] < 1e-6 * np.exp(log_qN).max()).any():
         return  # a token on the threshold may fall on either side of it in float32
-    got = probs_from_scores(contrast_with_apc_from_logits(*pair, alpha), temperature)
+    got = probs_from_scores(contrast_with_apc_from_logits(pair[0], pair[1], alpha), temperature)
     np.testing.assert_allclose(got.numpy(), p_hat64(final, mid, alpha, temperature), atol=2e-4)
 
 

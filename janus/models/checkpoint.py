@@ -299,7 +299,7 @@ def load_model(
     return model.eval()
 
 
-def _materialise(model: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+def _materialise(model: "MultiModalityCausalLM", dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     """Give a model built on the meta device its memory; returns its (empty) parameters by name."""
     own = {}
     for prefix, module in model.named_modules():
@@ -307,7 +307,8 @@ def _materialise(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
             if parameter is not None:
                 empty = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device))
                 module._parameters[name] = own[f"{prefix}.{name}".lstrip(".")] = empty
-    llama, embeddings = model.language_model.model, model.vision_model.vision_tower.embeddings
+    llama: Any = model.language_model.model
+    embeddings: Any = model.vision_model.vision_tower.embeddings
     llama.rotary_emb = type(llama.rotary_emb)(config=llama.config).to(device)
     embeddings.position_ids = torch.arange(embeddings.num_positions, device=device)[None]
     return own

@@ -57,6 +57,7 @@ class MultiModalityConfig(PreTrainedConfig):
             )
         if (params.get("select_layer", -1), params.get("select_feature", "same")) != (-1, "same"):
             raise ValueError("vision_config.params: only select_layer -1 and select_feature 'same' are supported")
+        pooling_head: dict[str, Any] = {"vision_use_head": params.get("attn_pool", True)}
         return SiglipVisionConfig(
             hidden_size=sizes["width"],
             num_hidden_layers=sizes["layers"],
@@ -66,7 +67,7 @@ class MultiModalityConfig(PreTrainedConfig):
             image_size=params.get("image_size", 384),
             hidden_act="gelu",
             layer_norm_eps=1e-6,
-            vision_use_head=params.get("attn_pool", True),
+            **pooling_head,
         )
 
     @property
@@ -115,9 +116,11 @@ class MultiModalityConfig(PreTrainedConfig):
     @classmethod
     def from_transformers(cls, config: JanusConfig) -> "MultiModalityConfig":
         """The same model, described in the original format. The transformers format has no pooling head."""
-        vision, vq = config.vision_config, config.vq_config
+        text: Any = config.text_config
+        vision: Any = config.vision_config
+        vq: Any = config.vq_config
         return cls(
-            language_config=LlamaConfig(**{**config.text_config.to_dict(), "tie_word_embeddings": False}),
+            language_config=LlamaConfig(**{**text.to_dict(), "tie_word_embeddings": False}),
             vision_config=_section(
                 "vision",
                 "CLIPVisionTower",

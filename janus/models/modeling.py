@@ -1,5 +1,6 @@
 """The Janus model, composed of transformers' own modules under the attribute names of the original code."""
 
+import math
 import os
 from collections.abc import Sequence
 
@@ -50,7 +51,7 @@ class SiglipTower(SiglipVisionModel):
                 outputs[i] = self.post_layernorm(h) if norm else h
         features = [outputs[i] for i in wanted]
         if reshape:
-            side = x.shape[-1] // self.config.patch_size
+            side = math.isqrt(h.shape[1])
             features = [f.transpose(1, 2).unflatten(2, (-1, side)) for f in features]
         if return_prefix_tokens:
             return tuple((f, h.new_empty(h.shape[0], 0, h.shape[2])) for f in features)

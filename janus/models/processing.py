@@ -128,8 +128,9 @@ class VLChatProcessor:
         self.sft_format = sft_format
         self.system_prompt = SYSTEM_PROMPT
         self.image_tag, self.image_start_tag, self.image_end_tag = IMAGE_TOKENS
-        self.image_id, self.image_start_id, self.image_end_id = tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS))
-        self.pad_id = tokenizer.pad_token_id
+        vocabulary = tokenizer.get_vocab()
+        self.image_id, self.image_start_id, self.image_end_id = (vocabulary[token] for token in IMAGE_TOKENS)
+        self.pad_id = vocabulary[PAD]
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | os.PathLike, **_) -> "VLChatProcessor":

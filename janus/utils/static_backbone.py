@@ -1,6 +1,7 @@
 """The LLaMA backbone over a preallocated cache: no growing tensors, and on CUDA one captured graph per step."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,9 @@ class StaticBackbone:
         self.llama, self.layers = llama, layers
         self.graphed = uses_graphs(weight.device)
         capacity = -(-length // BUCKET) * BUCKET if self.graphed else length
-        shape = (len(llama.layers), 2, rows, config.num_key_value_heads, capacity, llama.layers[0].self_attn.head_dim)
+        attention: Any = llama.layers[0].self_attn
+        heads: Any = config.num_key_value_heads
+        shape = (len(llama.layers), 2, rows, heads, capacity, attention.head_dim)
         self.cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)  # masked, but 0 x NaN is NaN
         self.open = torch.zeros((rows, 1, 1, capacity), dtype=torch.bool, device=weight.device)
         self.position = torch.zeros(1, dtype=torch.long, device=weight.device)
