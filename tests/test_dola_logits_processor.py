@@ -1,6 +1,7 @@
 """DoLa inside transformers' `generate` against plain loops that read `output_hidden_states=True` and hook nothing."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -28,9 +29,9 @@ from transformers.generation.streamers import BaseStreamer
 from benchmarks.smollm2 import find_smollm2, load_smollm2
 from janus.utils.dola_logits_processor import DoLaLogitsProcessor
 
-TINY = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 97}
+TINY: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 97}
 LLAMA = LlamaConfig(**TINY, num_hidden_layers=6, eos_token_id=None, pad_token_id=0)
-MODES = {
+MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sampling": {"do_sample": True},
     "top-k, top-p, temperature": {"do_sample": True, "top_k": 9, "top_p": 0.8, "temperature": 0.7},
@@ -40,7 +41,7 @@ MODES = {
 }
 
 
-def make_model(config, seed: int = 0) -> PreTrainedModel:
+def make_model(config, seed: int = 0) -> Any:
     """A random model whose layers disagree enough for the contrast to matter."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -51,7 +52,7 @@ def make_model(config, seed: int = 0) -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def llama() -> PreTrainedModel:
+def llama() -> Any:
     return make_model(LLAMA)
 
 
@@ -225,7 +226,7 @@ def test_penalties_come_before_the_contrast_and_warpers_after(llama):
         )
         h_N, h_j = hidden[-1][:, -1], hidden[4][:, -1]
         penalised = RepetitionPenaltyLogitsProcessor(1.5)(ids, llama.lm_head(h_N))
-        expected = plain_log_p_hat(llama, h_N, h_j, alpha=0.05, scores=penalised)
+        expected: Any = plain_log_p_hat(llama, h_N, h_j, alpha=0.05, scores=penalised)
         for warper in (TemperatureLogitsWarper(0.6), TopKLogitsWarper(5), TopPLogitsWarper(0.9)):
             expected = warper(ids, expected)
         torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
@@ -269,7 +270,7 @@ def test_cache_and_chunked_prefill_change_nothing(llama, how, beams):
 def test_a_static_cache_is_decoded_without_compiling_where_transformers_would(llama, monkeypatch):
     monkeypatch.setattr(llama, "get_compiled_call", lambda *_: pytest.fail("compiled"))
     compile_everywhere = CompileConfig()
-    compile_everywhere._compile_all_devices = True
+    compile_everywhere._compile_all_devices = True  # type: ignore[reportAttributeAccessIssue]
     inputs = random_prompts(2)
     static = {"cache_implementation": "static", "compile_config": compile_everywhere}
     tokens = generate(llama, inputs, DoLaLogitsProcessor(llama, layer=4), max_new_tokens=8, **static)
@@ -386,10 +387,10 @@ def test_other_decoders_are_read_through_their_own_norm_head_and_soft_cap(config
     with DoLaLogitsProcessor(model, layer=4) as dola, torch.no_grad():
         output = model(ids)
         scores = dola(ids, output.logits[:, -1].float())
-    decoder = model.get_decoder()
     with torch.no_grad():
         h_j = model(ids, output_hidden_states=True).hidden_states[4][:, -1]
-        norm = next(m for n, m in decoder.named_children() if n in ("norm", "ln_f", "final_layer_norm"))
+        norms = ("norm", "ln_f", "final_layer_norm")
+        norm = next(module for name, module in model.get_decoder().named_children() if name in norms)
         logits = model.get_output_embeddings()(norm(h_j))
     cap = getattr(config, "final_logit_softcapping", None)
     log_qN, log_qj = (x.log_softmax(-1) for x in (output.logits[:, -1], cap * (logits / cap).tanh() if cap else logits))

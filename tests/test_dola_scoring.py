@@ -73,6 +73,7 @@ def test_early_exit_takes_the_layer_furthest_from_the_last_at_each_token(llama):
                 p, q = (x[t].double().exp() for x in plain_log_probs(llama, ids, layer, 0.1, True)[:2])
                 m = (p + q) / 2
                 divergence[layer] = float((p * (p / m).log() + q * (q / m).log()).sum()) / 2
+                assert scores.jsd is not None
                 assert scores.jsd[LAYERS.index(layer), t] == pytest.approx(divergence[layer], abs=1e-5)
             layer = max(divergence, key=divergence.__getitem__)
             chosen.add(layer)
