@@ -501,9 +501,9 @@ def train_llama(
         return processor.tokenizer.encode(render_conversation(messages) + processor.image_start_tag)
 
     def painting_loss(rng: np.random.Generator) -> Tensor:
-        """Text to image: 48 prompts, a tenth of them blanked as guidance blanks them."""
-        one = rng.random(48) < 0.35
-        picks = np.where(one, rng.integers(0, count_of_one, 48), rng.integers(count_of_one, len(bank), 48))
+        """Text to image: 32 prompts, a tenth of them blanked as guidance blanks them."""
+        one = rng.random(32) < 0.35
+        picks = np.where(one, rng.integers(0, count_of_one, 32), rng.integers(count_of_one, len(bank), 32))
         prompts = [prompt_ids(bank[k]) for k in picks]
         longest, drawn_codes = max(map(len, prompts)), codes[torch.from_numpy(picks)]
         ids = torch.full((len(prompts), longest + codes.shape[1] - 1), pad)
@@ -519,9 +519,9 @@ def train_llama(
         return cross_entropy(model.gen_head(hidden).float(), drawn_codes.flatten())
 
     def answering_loss(rng: np.random.Generator) -> Tensor:
-        """Questions about images: 8 conversations of four turns about one image each."""
+        """Questions about images: 16 conversations of four turns about one image each."""
         prompts = []
-        for scene in sample_scenes(rng, 8):
+        for scene in sample_scenes(rng, 16, share_of_one=0.2):
             asked = scenes.questions(scene)
             messages = []
             for k in rng.permutation(len(asked))[:4]:
@@ -569,7 +569,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/janus-tiny"), help="checkpoints and log of the stages")
     parser.add_argument("--vq-steps", type=int, default=2400)
     parser.add_argument("--tower-steps", type=int, default=2400)
-    parser.add_argument("--llama-steps", type=int, default=1600)
+    parser.add_argument("--llama-steps", type=int, default=2600)
     parser.add_argument("--out", type=Path, default=Path("janus/checkpoints/janus-tiny"))
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
