@@ -408,7 +408,7 @@ def test_no_claim_is_made_for_what_the_mask_explains_nor_for_noise():
 
 
 def test_each_domain_has_its_layer_and_says_when_it_is_no_better():
-    values = np.concatenate([made_up({4: 0.1}), made_up({4: 0.1, 1: 0.101}), made_up({2: 0.1}), made_up({2: 0.1})[:3]])
+    values = np.concatenate([made_up({4: 0.1}), made_up({4: 0.1, 1: 0.105}), made_up({2: 0.1}), made_up({2: 0.1})[:3]])
     domains = ["same"] * 60 + ["alike"] * 60 + ["other"] * 60 + ["few"] * 3
     summary = summarise(values, ["prob", "rank"], 6, range(1, 6), (0.1, 0.2), domains)
     said = {line.split()[1]: line for line in claims(summary)[2:]}
@@ -503,7 +503,7 @@ def test_a_bad_line_is_named_with_its_field(drawings, tmp_path, task, change, me
     [
         ("", "bad.jsonl: no examples"),
         ("[1]\n", "line 1: expected an object, found list"),
-        ('{"question": "a", "answer": "b"}\n{"question"\n', "line 2: not JSON"),
+        ('{"question": "a", "answer": "b", "kind": "c"}\n{"question"\n', "line 2: not JSON"),
         ('{"question": "a"}\n', "line 1: answer: missing"),
         ('{"question": "a", "answer": "b"}\n', "line 1: kind: missing"),
     ],

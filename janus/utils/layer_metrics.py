@@ -92,8 +92,8 @@ def _read_field(content: dict[str, Any], field: str, kind: str, directory: Path)
     if field not in content:
         raise ValueError(f"{field}: missing")
     value = content[field]
-    texts = value if kind == "texts" and isinstance(value, list) else [value]
-    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+    texts = value if kind == "texts" else [value]
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         expected = {"text": "a string that is not blank", "texts": "a list of such strings", "image": "an image file"}
         raise ValueError(f"{field}: expected {expected[kind]}, found {value!r}")
     if kind == "texts":

@@ -333,7 +333,7 @@ def explain(
     lines = [
         f"# What DoLa changed: layer {best['layer']}, alpha {best['alpha']:g}, against the baseline",
         "",
-        "Each table is the top-5 at the step that decided; the true token is marked.",
+        "Each table is the top-5 at the step that decided, with the text's own token in bold.",
     ]
     (outdir / "explain").mkdir(exist_ok=True)
     for heading, better, indices in (
