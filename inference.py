@@ -183,7 +183,7 @@ def answer_with_switches(
     as the parts do. Source: plan 6, section 3.
     """
     batch = prepare_question(mmgpt, vl_chat_processor, images, question)
-    llm, tower = mmgpt.language_model, mmgpt.vision_model.vision_tower
+    llm = mmgpt.language_model
     with DoLaLogitsProcessor(
         llm, layer=switches.fixed_layer_llm, alpha=switches.alpha_L, use_dola=switches.use_dola_lm_static
     ) as dola:
@@ -191,6 +191,7 @@ def answer_with_switches(
         if candidates and switches.lambda_mm > 0:
             if text_bank is None or not batch.pixel_values.shape[1]:
                 raise ValueError("candidates need an image to be ranked on and a text_bank of their embeddings")
+            tower = mmgpt.vision_model.vision_tower
             layer = vision_layer(tower, switches)
             p_hat = rerank_with_dola_static_siglip(
                 tower, batch.pixel_values[0], text_bank, layer, switches.alpha_V, tau
@@ -298,11 +299,11 @@ def way_to_answer(parser: CommandParser, args: argparse.Namespace) -> partial:
     for option in ("domain", "candidates", "text_encoder", "tau"):
         if getattr(args, option) is not None and args.config is None:
             parser.error(f"--{option} needs --config")
-    with_layers = args.candidate_layers or args.layer is not None or args.layer_ratio is not None
+    with_layers = (args.candidate_layers, args.layer, args.layer_ratio) != (None, None, None)
     if args.alpha is not None and not with_layers:
         parser.error("--alpha needs --layer, --layer_ratio or --candidate_layers")
     dola = {"alpha": 0.1 if args.alpha is None else args.alpha, "max_new_tokens": args.max_new_tokens}
-    if args.candidate_layers:
+    if args.candidate_layers is not None:
         return partial(answer_with_dola, candidate_layers=args.candidate_layers, **dola)
     if with_layers:
         ratio = 0.8 if args.layer_ratio is None else args.layer_ratio

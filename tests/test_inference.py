@@ -296,7 +296,9 @@ def test_a_batch_writes_answers_and_accuracy(golden, monkeypatch, capsys, tmp_pa
 
 
 def test_a_killed_batch_resumes_to_the_same_bytes(monkeypatch, tmp_path):
-    questions = write_questions(tmp_path, *({"image": "sample.png", "question": f"Number\u2028 {i}?"} for i in range(4)))
+    questions = write_questions(
+        tmp_path, *({"image": "sample.png", "question": f"Number\u2028 {i}?"} for i in range(4))
+    )
     run(monkeypatch, "--questions", questions, "--outdir", tmp_path / "whole")
     asked = []
 
@@ -361,6 +363,7 @@ def test_a_bad_entry_is_named_in_one_line_and_what_was_done_stays(monkeypatch, c
         (["--question", "?", "--layer", 7], "layer must be in 1..6, got 7"),
         (["--question", "?", "--layer", 3, "--alpha", 2], "alpha must be in [0, 1], got 2.0"),
         (["--question", "?", "--candidate_layers", "9"], "candidate_layers [9] hold no layer in 1..5"),
+        (["--question", "?", "--candidate_layers", ""], "candidate_layers [] hold no layer in 1..5"),
         (["--question", "?", "--candidates", "a"], "--candidates needs --config"),
         (["--question", "?", "--alpha", 0.2], "--alpha needs --layer"),
         (["--questions", "q.json", "--image", SAMPLE], "--image goes with --question"),

@@ -27,7 +27,7 @@ from dola_runtime import (
 from janus.utils.batch import CommandParser, add_model_arguments, parse_layers, run_command, write_whole
 from janus.utils.switches import DoLaSwitches
 
-IMAGES_PER_BATCH = 32
+IMAGES_PER_BATCH, TEXTS_PER_BATCH = 32, 256
 
 # --- features and texts ----------------------------------------------------------------------------------------------
 
@@ -105,7 +105,8 @@ def build_text_bank(siglip, tokenizer, texts: Sequence[str]) -> Tensor:
             raise ValueError(f"candidate {text!r} has no token")
     length = siglip.config.text_config.max_position_embeddings
     batch = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    return siglip.text_model(batch["input_ids"].to(siglip.device)).pooler_output
+    chunks = batch["input_ids"].to(siglip.device).split(TEXTS_PER_BATCH)
+    return torch.cat([siglip.text_model(ids).pooler_output for ids in chunks])
 
 
 def load_image(path: str | os.PathLike) -> Image.Image:
