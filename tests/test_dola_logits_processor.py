@@ -407,7 +407,7 @@ def test_models_that_cannot_be_read_so_are_refused_by_name():
 
 
 @pytest.mark.parametrize("norm", [True, False])
-@pytest.mark.parametrize("layer", [8, 16, 24])
+@pytest.mark.parametrize("layer", [8, 24])
 def test_64_greedy_tokens_of_smollm2_are_the_argmax_of_a_pass_without_hooks(smollm2, layer, norm):
     model, prompts = smollm2
     for inputs in (left_pad(prompts[:1]), left_pad(prompts)):
