@@ -12,24 +12,30 @@ from PIL import Image
 
 from tools import scenes
 
+ONE, TWO = (
+    [scene for scene in every if scenes.is_held_out(scene)]
+    for every in (scenes.one_object_scenes(), scenes.two_object_scenes())
+)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--outdir", type=Path, default=Path("build/validation"), help="(default: %(default)s)")
-    parser.add_argument("--count", type=int, default=400, help="drawings, every third of one object (default: 400)")
+    parser.add_argument("--count", type=int, default=300, help="drawings, every third of one object (default: 300)")
     args = parser.parse_args()
     (args.outdir / "images").mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    every = [
-        [scene for scene in kind if scenes.is_held_out(scene)]
-        for kind in (scenes.two_object_scenes(), scenes.one_object_scenes())
-    ]
+    around = range(-scenes.JITTER, scenes.JITTER + 1)
+    two, one = (
+        rng.permutation([(k, dx, dy) for k in range(len(every)) for dx in around for dy in around]).tolist()
+        for every in (TWO, ONE)
+    )
     lines: dict[str, list[dict[str, str]]] = {"image": [], "answers": [], "tower": []}
-    for i in range(args.count):
-        kind = every[i % 3 == 0]
-        scene = kind[rng.integers(len(kind))]
+    for i in range(args.count):  # no drawing twice
+        k, dx, dy = (one if i % 3 == 0 else two).pop()
+        scene = (ONE if i % 3 == 0 else TWO)[k]
         file, objects = f"images/{i:04d}.png", "one object" if scene.size else "two objects"
-        Image.fromarray(scenes.draw(scene, rng)).save(args.outdir / file)
+        Image.fromarray(scenes.render(scene, dx, dy)).save(args.outdir / file)
         asked = scenes.questions(scene)
         about, question, answer = asked[rng.integers(len(asked))]
         lines["image"].append({"prompt": scene.caption, "image": file, "kind": objects})

@@ -40,7 +40,6 @@ FIELDS = {
     "answers": {"question": "text", "answer": "text", "image": "image?", "choices": "texts?"},
     "tower": {"image": "image", "caption": "text", "candidates": "texts?"},
 }
-TEXTS_CHUNK = 256
 
 # --- examples --------------------------------------------------------------------------------------------------------
 
@@ -242,11 +241,9 @@ def tower_task(vit, image_processor, siglip, tokenizer, examples: Sequence[Examp
     The temperature is the one that SigLIP was trained with. The texts of all `examples` are embedded here, once.
     """
     texts = list(dict.fromkeys(text for example in examples for text in example["candidates"]))
-    chunks = [texts[start : start + TEXTS_CHUNK] for start in range(0, len(texts), TEXTS_CHUNK)]
-    text_bank = torch.cat([build_text_bank(siglip, tokenizer, chunk) for chunk in chunks])
     row_of = {text: row for row, text in enumerate(texts)}
     weight, depth, tau = next(vit.parameters()), tower_depth(vit), own_tau(siglip)
-    text_bank = l2_normalize(text_bank.to(weight.device).float(), dim=-1)
+    text_bank = l2_normalize(build_text_bank(siglip, tokenizer, texts).to(weight.device).float(), dim=-1)
 
     def read(examples: Sequence[Example]) -> Iterator[Reading]:
         pixels = image_processor([load_image(example["image"]) for example in examples]).to(weight)

@@ -159,7 +159,7 @@ def summarise(
         for name in sorted(set(domains)):
             among = np.array([domain == name for domain in domains])
             in_domain = own[among]
-            own_a, own_column = best_cell(values[among], metrics)
+            own_a, own_column = best_cell(values[among], metrics, unless=(a, column))
             summary["domains"][name] = {
                 "examples": len(in_domain),
                 "best": describe_best(in_domain, layers, alphas, own_a, own_column),
@@ -168,10 +168,10 @@ def summarise(
     return summary
 
 
-def best_cell(values: np.ndarray, metrics: Sequence[str]) -> tuple[int, int]:
-    """Alpha and column of the best layer; a tie goes to the higher probability, then to the later layer."""
-    by, tie = (values[:, metrics.index(name), :, 2:].mean(0) for name in (headline(metrics), "prob"))
-    best = max(np.ndindex(by.shape), key=lambda cell: (by[cell], tie[cell], cell[1]))
+def best_cell(values: np.ndarray, metrics: Sequence[str], unless: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Alpha and column of the best layer; a tie (6 digits) goes to `unless`, to more probability, to later layers."""
+    by, tie = (values[:, metrics.index(name), :, 2:].mean(0).round(6) for name in (headline(metrics), "prob"))
+    best = max(np.ndindex(by.shape), key=lambda cell: (by[cell], (cell[0], cell[1] + 2) == unless, tie[cell], cell[1]))
     return best[0], best[1] + 2
 
 
@@ -207,7 +207,7 @@ def table(summary: dict[str, Any]) -> str:
     lines.append(row("baseline", [means["baseline"]] * len(alphas)))
     lines.append(row("APC only", means["apc_only"]))
     for bucket in summary["buckets"]:
-        lines.append(row("layers {}-{}".format(*bucket["layers"]), bucket["dola"]))
+        lines.append(row("mean of {}-{}".format(*bucket["layers"]), bucket["dola"]))
     for i, layer in enumerate(summary["layers"]):
         marked = alphas.index(best["alpha"]) if layer == best["layer"] else None
         lines.append(row(f"layer {layer}", [by_layer[i] for by_layer in means["dola"]], marked))
