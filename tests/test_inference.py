@@ -94,7 +94,7 @@ def test_off_means_the_reference_answer(golden, bank):
         lambda *a: answer_with_dola_static(*a, layer=2, use_dola=False, **usual),
         lambda *a: answer_with_dola_static(*a, layer=6, **usual),
         lambda *a: answer_with_dola(*a, candidate_layers=[2, 3], use_dola=False, **usual),
-        lambda *a: answer_with_switches(*a, off, **vision, **usual),
+        lambda *a: answer_with_switches(*a, switches=off, **vision, **usual),
     ):
         _, tokens = way(golden.model, golden.processor, SAMPLE, QUESTION)
         assert tokens.tolist() == golden.tensors["und.greedy_tokens"][0].tolist()
@@ -274,7 +274,7 @@ def test_a_config_runs_rerank_mapping_dola_and_fusion(golden, monkeypatch, capsy
         tau=0.5,
         max_new_tokens=6,
     )
-    assert capsys.readouterr().out == expected + "\n"
+    assert capsys.readouterr().out == f"{expected}\n"
     assert expected != answer_with_dola_static(
         golden.model, golden.processor, SAMPLE, QUESTION, layer=3, max_new_tokens=6
     )

@@ -1,0 +1,186 @@
+"""Measures what janus-tiny reads, baseline against DoLa against fusion: `python -m tools.eval_understanding`.
+
+Every row answers the same questions on the same drawings. Fusion gets the words that a kind of question may be answered
+with as candidates for the tower; a relation ("What is above the red circle?") gets the colours, since every answer to
+it begins with "a". Kinds whose words the tower never learned alone (background, size, count) are left out. Intervals
+are Wilson's, at 95%.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from inference import answer, answer_with_dola, answer_with_dola_static, answer_with_switches, is_right
+from janus.utils.batch import JANUS_TINY, write_whole
+from janus.utils.io import load_pretrained_model
+from janus.utils.rerank_with_dola import (
+    build_text_bank,
+    find_text_encoder,
+    own_tau,
+    rerank_with_dola_siglip,
+    rerank_with_dola_static_siglip,
+    tower_depth,
+    vision_layer,
+)
+from janus.utils.switches import DoLaSwitches
+from tools import scenes
+from tools.eval_janus_tiny import EVERY, SPLITS, Rate, markdown, percent, some
+
+CANDIDATES = {"colour": tuple(scenes.COLOURS), "shape": scenes.SHAPES, "relation": tuple(scenes.COLOURS)}
+LAMBDAS = (0.0, 0.3, 0.7, 1.0)
+PAGE = """# What janus-tiny reads: baseline, DoLa, fusion
+
+`{command}` (float32, CPU), with `{used}`.
+Shares in %, with 95% intervals; {count} drawings a split, the same ones in every row.
+
+## The tower
+
+How often the text that the tower ranks first is true of the drawing: among all captions of its kind (288 with one
+object, 13,536 with two), among the eight colours, and among the six shapes.
+
+{tower}
+
+## Questions
+
+Answered word for word (greedy). The last three columns are the kinds of question, over all splits. "fused" is DoLa in
+the tower and on lm_head, and the tower's ranking of the kind's words as the prior; lambda 0 is checked to give the
+answers of "DoLa", every one.
+
+{questions}
+"""
+
+
+def sample_questions(count: int) -> list[dict[str, Any]]:
+    """`count` questions of each split on fresh drawings, of the kinds that have candidates."""
+    asked = []
+    for split, every in SPLITS.items():
+        rng = np.random.default_rng(4)
+        for scene in some(every, count, seed=4):
+            about = [(kind, q, a) for kind, q, a in scenes.questions(scene) if kind in CANDIDATES]
+            kind, question, expected = about[rng.integers(len(about))]
+            image = Image.fromarray(scenes.draw(scene, rng))
+            asked.append({"split": split, "kind": kind, "image": image, "question": question, "expected": expected})
+    return asked
+
+
+def question_rows(model, processor, siglip, tokenizer, switches: DoLaSwitches) -> dict[str, Callable[..., Any]]:
+    """The ways to answer, by the name of their row."""
+    banks = {kind: build_text_bank(siglip, tokenizer, words) for kind, words in CANDIDATES.items()}
+    num_layers = len(model.language_model.model.layers)
+
+    def fused(**changes) -> Callable[..., Any]:
+        miss = changes.pop("miss", None)
+        changed = replace(switches, **changes)
+
+        def way(kind: str, image: Image.Image, question: str) -> Any:
+            vision = {"candidates": CANDIDATES[kind], "text_bank": banks[kind], "tau": own_tau(siglip), "miss": miss}
+            return answer_with_switches(model, processor, image, question, changed, **vision, max_new_tokens=20)
+
+        return way
+
+    def plain(function: Callable, **options) -> Callable[..., Any]:
+        return lambda kind, *asked: function(model, processor, *asked, max_new_tokens=20, **options)
+
+    rows = {
+        "baseline": plain(answer),
+        "DoLa": plain(answer_with_dola_static, layer=switches.fixed_layer_llm, alpha=switches.alpha_L),
+        "early exit": plain(answer_with_dola, candidate_layers=range(1, num_layers), alpha=switches.alpha_L),
+    }
+    rows |= {f"fused, lambda {weight:g}": fused(lambda_mm=weight) for weight in LAMBDAS}
+    usual = f"fused, lambda {switches.lambda_mm:g}"
+    rows[f"{usual}, miss 0"] = fused(miss=0.0)
+    rows[f"{usual}, miss -inf"] = fused(miss=-math.inf)
+    rows[f"{usual}, no DoLa in the tower"] = fused(use_dola_siglip_static=False)
+    rows[f"{usual}, no DoLa on lm_head"] = fused(use_dola_lm_static=False)
+    return rows
+
+
+def tower_table(model, processor, siglip, tokenizer, count: int) -> dict[str, dict[str, Rate]]:
+    """What the tower ranks first: row -> split -> how often it is true of the drawing."""
+    tower, tau = model.vision_model.vision_tower, own_tau(siglip)
+    depth = tower_depth(tower)
+    rates: dict[str, dict[str, Rate]] = {}
+    for split in SPLITS:
+        rng, shown = np.random.default_rng(3), some(SPLITS[split], count, seed=3)
+        images = processor.image_processor([Image.fromarray(scenes.draw(scene, rng)) for scene in shown])
+        captions = [scene.caption for scene in EVERY[split.split(",")[0]]]
+        groups = {
+            "captions": (captions, [{scene.caption} for scene in shown]),
+            "colours": (list(scenes.COLOURS), [{colour for colour, _ in scene.objects} for scene in shown]),
+            "shapes": (list(scenes.SHAPES), [{shape for _, shape in scene.objects} for scene in shown]),
+        }
+        for group, (texts, true) in groups.items():
+            bank = build_text_bank(siglip, tokenizer, texts)
+            ranked = {"baseline": rerank_with_dola_static_siglip(tower, images, bank, depth, tau=tau)}
+            for layer in range(1, depth):
+                ranked[f"DoLa layer {layer}"] = rerank_with_dola_static_siglip(tower, images, bank, layer, tau=tau)
+            ranked["early exit"], _ = rerank_with_dola_siglip(
+                tower, images, bank, tau=tau, candidate_layers=range(1, depth)
+            )
+            for row, p_hat in ranked.items():
+                right = sum(texts[k] in words for k, words in zip(p_hat.argmax(-1).tolist(), true, strict=True))
+                rates.setdefault(f"{group}, {row}", {})[split] = (right, count)
+    return rates
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(JANUS_TINY))
+    parser.add_argument("--config", help="switches that hold the layers and alphas (default: 0.8 of the depth, 0.1)")
+    parser.add_argument("--count", type=int, default=120, help="drawings, and questions, per split")
+    parser.add_argument("--out", type=Path, default=Path("docs/understanding"), help="stem of the .md and .json")
+    args = parser.parse_args()
+    _, processor, model = load_pretrained_model(args.model, "float32", "cpu")
+    siglip, tokenizer = find_text_encoder(args.model, None)
+    switches = DoLaSwitches.from_json(args.config) if args.config else DoLaSwitches()
+    found = {"tower": tower_table(model, processor, siglip, tokenizer, args.count), "questions": {}, "changed": {}}
+
+    asked = sample_questions(args.count)
+    given: dict[str, list[str]] = {}
+    for name, way in tqdm(question_rows(model, processor, siglip, tokenizer, switches).items(), desc="questions"):
+        given[name] = [way(q["kind"], q["image"], q["question"]) for q in asked]
+        rates: dict[str, Rate] = {}
+        for q, text in zip(asked, given[name], strict=True):
+            for column in (q["split"], q["kind"]):
+                right, trials = rates.get(column, (0, 0))
+                rates[column] = (right + is_right(text, q["expected"]), trials + 1)
+        found["questions"][name] = rates
+        found["changed"][name] = sum(a != b for a, b in zip(given[name], given["baseline"], strict=True))
+    assert given["fused, lambda 0"] == given["DoLa"]
+
+    tower = [[row, *map(percent, rates.values())] for row, rates in found["tower"].items()]
+    columns = [column for column in (*SPLITS, *CANDIDATES) if column in found["questions"]["baseline"]]
+    questions = [
+        [row, *(percent(rates[column]) for column in columns), str(found["changed"][row])]
+        for row, rates in found["questions"].items()
+    ]
+    used = {
+        "fixed_layer_vit": vision_layer(model.vision_model.vision_tower, switches),
+        "tau": round(own_tau(siglip), 4),
+    }
+    used |= {name: value for name, value in asdict(switches).items() if value is not None}
+    page = PAGE.format(
+        command=f"python -m tools.eval_understanding --count {args.count}"
+        + f" --config {args.config}" * bool(args.config),
+        used=json.dumps(used),
+        count=args.count,
+        tower=markdown(["first in the tower's ranking", *SPLITS], tower),
+        questions=markdown(["", *columns, "other answers than baseline"], questions),
+    )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    for suffix, text in ((".md", page), (".json", json.dumps(found | {"used": used}, indent=1) + "\n")):
+        write_whole(args.out.with_suffix(suffix), partial(Path.write_text, data=text, encoding="utf-8"))
+    print(page)
+
+
+if __name__ == "__main__":
+    main()
