@@ -40,6 +40,8 @@ FACTOR = Path(os.environ.get("FACTOR_CSV", Path(__file__).parents[2] / "shared" 
 ALPHAS = (0.0, 0.1, 0.5)
 CLOSE = 2e-5
 """How far a probability may be from that of a pass of another batch and another set of columns: float32 rounding."""
+CLOSE_RANK = 2e-4
+"""The same for a mean rank: without a mask, in the far tail, rounding swaps neighbours; a mean below 50 is exact."""
 
 
 @pytest.fixture(scope="module", params=["golden", "janus-tiny"])
@@ -125,8 +127,8 @@ def plain_metrics(truth: list[tuple[float, int]], *others: list[tuple[float, int
 def assert_same(values: np.ndarray, names: list[str], expected: dict[str, float]) -> None:
     """Counted metrics exactly, the probability to rounding; `values` is `[metrics]`."""
     for name, value in expected.items():
-        found = values[names.index(name)]
-        assert found == pytest.approx(value, rel=CLOSE if name == "prob" else 1e-6, abs=1e-9), name
+        rel = {"prob": CLOSE, "rank": CLOSE_RANK}.get(name, 1e-6)
+        assert values[names.index(name)] == pytest.approx(value, rel=rel, abs=1e-9), name
 
 
 @torch.no_grad()
