@@ -31,8 +31,8 @@ ROWS = ["no contrast"] + [str(layer) for layer in LAYERS] + [f"early exit {c[0]}
 TREATMENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "alpha 0": lambda log_p, log_qN: log_p[0],
     "alpha 0.1": lambda log_p, log_qN: fill_dropped(log_p[1]),
-    "alpha 0.1, log q_N where dropped": lambda log_p, log_qN: fill_dropped(log_p[1], log_qN),
-    "alpha 0.1, as the paper's code": lambda log_p, log_qN: torch.where(log_p[1] > -math.inf, log_p[0], DROPPED),
+    "0.1, dropped as log q_N": lambda log_p, log_qN: fill_dropped(log_p[1], log_qN),
+    "0.1, paper's code": lambda log_p, log_qN: torch.where(log_p[1] > -math.inf, log_p[0], DROPPED),
 }
 TEXTS = {
     "as distributed": lambda text: text,
