@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from transformers.utils import logging
+
 JANUS_TINY = Path(__file__).parents[1] / "checkpoints" / "janus-tiny"
 
 
@@ -18,7 +20,11 @@ def fail(message: str) -> NoReturn:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command's main: what the user can mend becomes one line and exit code 2, an interrupt exit code 130."""
+    """Run a command's main: what the user can mend becomes one line and exit code 2, an interrupt exit code 130.
+
+    transformers' own notes are kept off the terminal.
+    """
+    logging.set_verbosity_error()
     try:
         main()
     except (ValueError, OSError) as error:
