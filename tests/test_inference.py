@@ -13,11 +13,13 @@ from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipModel
 
 import inference
 from inference import answer, answer_with_dola, answer_with_dola_static, answer_with_switches
-from janus.utils.batch import run_command
+from janus.models import MultiModalityCausalLM
+from janus.utils.batch import JANUS_TINY, run_command
 from janus.utils.mm_fusion import first_token_ids
 from janus.utils.rerank_with_dola import rerank_with_dola_static_siglip
 from janus.utils.switches import DoLaSwitches
 from tests.conftest import GOLDEN
+from tools import scenes
 
 SAMPLE, QUESTION = GOLDEN / "sample.png", "What is in this image?"
 CANDIDATES = ("A red circle", "blue", "画一只在草地上的狗")  # the first and the last begin as unfused answers go on
@@ -389,3 +391,22 @@ def test_candidates_need_a_text_encoder(monkeypatch, capsys, tmp_path):
         with pytest.raises(SystemExit) as end:
             run(monkeypatch, *options, *more)
         assert end.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_janus_tiny_reads_a_drawing_with_and_without_the_vision_prior(monkeypatch, capsys, tmp_path):
+    scene = scenes.Scene((("red", "cross"),), "black", size="large")
+    Image.fromarray(scenes.render(scene)).save(tmp_path / "drawing.png")
+    DoLaSwitches().to_json(tmp_path / "s.json")
+    asked = ["--image", tmp_path / "drawing.png", "--question", "What colour is the object?", "--model", JANUS_TINY]
+    config = ["--config", tmp_path / "s.json", "--candidates", *scenes.COLOURS]
+    for options in ([], ["--layer_ratio", 0.8], config):
+        run(monkeypatch, *asked, *options)
+        assert capsys.readouterr().out.strip() == "red"
+    siglip, tokenizer = inference.find_text_encoder(str(JANUS_TINY), None)
+    tower = MultiModalityCausalLM.from_pretrained(JANUS_TINY, dtype=torch.float32).vision_model.vision_tower
+    captions = [other.caption for other in scenes.one_object_scenes()]
+    bank, pixels = inference.build_text_bank(siglip, tokenizer, captions), torch.from_numpy(scenes.render(scene))
+    images = pixels.permute(2, 0, 1)[None].float() / 127.5 - 1
+    for layer in (5, 6):
+        p_hat = rerank_with_dola_static_siglip(tower, images, bank, layer, tau=inference.own_tau(siglip))
+        assert captions[p_hat.argmax()] == scene.caption
