@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import JanusConfig, JanusForConditionalGeneration
+from transformers import JanusConfig, JanusForConditionalGeneration, StaticCache
 from transformers.models.janus.configuration_janus import JanusVisionConfig
 
 from generation_inference import (
@@ -96,7 +96,9 @@ def as_transformers(model: MultiModalityCausalLM, processor: VLChatProcessor) ->
 
 def run_transformers(theirs, model, processor, prompts: list[str], parallel_size: int, cfg_weight: float) -> None:
     batch = processor.batchify([(prompt, []) for prompt in prompts]).to(model.device)
+    length = batch.input_ids.shape[1] + theirs.model.vision_model.config.num_image_tokens
     tokens = theirs.generate(
+        past_key_values=StaticCache(theirs.config.text_config, length),  # what 5.17 fails to make for itself
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         generation_mode="image",

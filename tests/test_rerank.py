@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipModel, SiglipVisionModel
 
+from conftest import GOLDEN
 from janus.utils import rerank_with_dola
 from janus.utils.batch import run_command
 from janus.utils.rerank_with_dola import (
@@ -24,7 +25,6 @@ from janus.utils.rerank_with_dola import (
     tower_depth,
 )
 from janus.utils.switches import DoLaSwitches
-from tests.conftest import GOLDEN
 
 
 class FeatureTower:
