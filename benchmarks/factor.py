@@ -133,7 +133,10 @@ def accuracy(right: Tensor, baseline: Tensor) -> dict:
 
 
 def plot(records: list[dict], path: Path) -> None:
-    """Layer on x, accuracy on y, one line per treatment, for mean and summed scores, with and without LN_out."""
+    """Layer on x, accuracy on y, one line per treatment, for mean and summed scores, with and without LN_out.
+
+    Early exit, and the mask without a contrast, are diamonds beside the line.
+    """
     matplotlib.use("agg")
     figure, axes = plt.subplots(2, 2, figsize=(12, 8), sharex=True, sharey=True, layout="constrained")
     text = next(iter(TEXTS))
@@ -141,28 +144,34 @@ def plot(records: list[dict], path: Path) -> None:
         here = [record for record in records if record["text"] == text and record["score"] == reduce]
         baseline = next(record for record in here if record["decoding"] == "baseline")
         axis = axes[i, j]
+        axis.plot(ROWS, [baseline["accuracy"]] * len(ROWS), alpha=0)  # the order of the categories
         axis.axhline(baseline["accuracy"], color="black", linestyle="--", label="baseline, 95% interval")
         axis.axhspan(*baseline["interval"], color="black", alpha=0.08)
         axis.axhline(0.25, color="grey", linewidth=0.8, linestyle=":", label="chance")
         for treatment in TREATMENTS:
-            curve = [
-                next(
-                    record["accuracy"]
-                    for record in here
-                    if record["decoding"] == str(layer) and record["norm"] is norm and record["treatment"] == treatment
-                )
-                for layer in LAYERS
-            ]
-            axis.plot(LAYERS, curve, marker="o", markersize=4, label=treatment)
+            found = {
+                record["decoding"]: record["accuracy"]
+                for record in here
+                if record.get("norm") is norm and record.get("treatment") == treatment
+            }
+            line = axis.plot(
+                ROWS[1 : -len(EARLY_EXITS)],
+                [found[row] for row in ROWS[1 : -len(EARLY_EXITS)]],
+                marker="o",
+                markersize=4,
+                label=treatment,
+            )
+            for row in (ROWS[0], *ROWS[-len(EARLY_EXITS) :]):
+                axis.plot(row, found[row], marker="D", markersize=5, color=line[0].get_color())
         axis.set_title(f"{reduce} of log-probabilities, {'through' if norm else 'without'} LN_out")
-        axis.set_xticks(LAYERS)
+        axis.tick_params(axis="x", rotation=60)
         axis.grid(alpha=0.3)
     for axis in axes[1]:
-        axis.set_xlabel("contrast layer (the last is 30)")
+        axis.set_xlabel("contrast layer (the last is 30), or candidate layers of early exit")
     for axis in axes[:, 0]:
         axis.set_ylabel("accuracy, 4 choices")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.suptitle("FACTOR expert set (236 questions), SmolLM2-135M-Instruct, DoLa-static")
+    figure.suptitle("FACTOR expert set, SmolLM2-135M-Instruct")
     figure.savefig(path, dpi=110)
 
 
