@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import JanusConfig, JanusForConditionalGeneration, StaticCache
@@ -88,7 +89,7 @@ def as_transformers(model: MultiModalityCausalLM, processor: VLChatProcessor) ->
     converted.load_state_dict(state, assign=True)
     llama = converted.model.language_model
     llama.rotary_emb = type(llama.rotary_emb)(config=llama.config).to(model.device)
-    generation = converted.generation_config
+    generation: Any = converted.generation_config
     generation.bos_token_id, generation.pad_token_id = processor.tokenizer.bos_token_id, processor.pad_id
     generation.generation_kwargs = {"boi_token_id": processor.image_start_id}
     return converted.eval()
@@ -118,9 +119,9 @@ def run_ours(model, processor, prompts: list[str], decoding: Decoding, parallel_
         image.save("image.jpg")
 
 
-def measure(ways: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
+def measure(ways: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, dict[str, Any]]:
     """Seconds of each way, the ways alternating; on CUDA also its peak memory in bytes."""
-    measured = {name: {"seconds": []} for name in ways}
+    measured: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in ways}
     for i in range(-1, rounds):  # the first round warms up
         for name, way in ways.items():
             if device.type == "cuda":
@@ -171,7 +172,7 @@ def floor_seconds(model, processor, prompts: list[str], parallel_size: int, rate
 
 
 def main() -> None:
-    parser = CommandParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description="Images per second: the reference loop, transformers' own Janus, and ours.")
     add_model_arguments(parser)
     parser.add_argument("--random", choices=SIZES, help="random weights at a published size instead of --model")
     parser.add_argument("--prompts", type=positive, default=16, help="prompts in a batch (default: %(default)s)")
@@ -212,6 +213,11 @@ def main() -> None:
         "transformers' generate, one batch": lambda: run_transformers(theirs, model, processor, prompts, n, 3.0),
         **{name: lambda d=d: run_ours(model, processor, prompts, d, n) for name, d in decodings.items()},
     }
+    if device.type == "cpu" and dtype == torch.float32 and not args.random:
+        half = load_pretrained_model(args.model, torch.bfloat16, device)[2]
+        ways["ours, DoLa static, in bfloat16"] = lambda: run_ours(
+            half, processor, prompts, decodings["ours, DoLa static"], n
+        )
     here = Path.cwd()
     with tempfile.TemporaryDirectory() as scratch:
         os.chdir(scratch)

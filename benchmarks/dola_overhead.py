@@ -3,14 +3,13 @@
 python -m benchmarks.dola_overhead [--model DIR] [--parallel_size 8] [--pairs 15]
 """
 
-import argparse
 import statistics
 import time
 
 import torch
 
 from generation_inference import Decoding, format_image_prompt, image_geometry, sample_image_tokens, static_layers
-from janus.utils.batch import add_model_arguments, positive, run_command
+from janus.utils.batch import CommandParser, add_model_arguments, positive, run_command
 from janus.utils.io import load_pretrained_model
 
 
@@ -25,7 +24,7 @@ def seconds_per_step(model, processor, decoding: Decoding, parallel_size: int) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description="Time per decoding step with DoLa over without.")
     add_model_arguments(parser)
     parser.add_argument("--parallel_size", type=positive, default=8, help="images (default: %(default)s)")
     parser.add_argument("--pairs", type=positive, default=15, help="pairs of runs, off and on (default: %(default)s)")

@@ -257,9 +257,11 @@ def load_model(
     directory = resolve_directory(path_or_hub_id)
     file_config, rules = read_config(directory)
     files = _weight_files(directory)
-    if isinstance(dtype, str):
-        dtype = None if dtype == "auto" else getattr(torch, dtype)
-    dtype = dtype or _checkpoint_dtype(files[0])
+    if dtype in (None, "auto"):
+        dtype = _checkpoint_dtype(files[0])
+    elif isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    assert isinstance(dtype, torch.dtype)
     try:
         with torch.device("meta"):
             model = cls(config or file_config)
