@@ -11,7 +11,7 @@ from generation_inference import Decoding, format_image_prompt, sample_image_tok
 from janus.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor
 from janus.utils.batch import JANUS_TINY, CommandParser, positive, run_command
 
-WIDTH, LAYERS, TOKENS = 1024, 16, 576
+WIDTH, LAYERS, TOKENS = 1024, 8, 192
 
 
 def memory(key: str) -> int:
@@ -49,7 +49,7 @@ def main() -> None:
     cache = 2 * LAYERS * rows * length * WIDTH * 4
     logits = 2 * rows * model.gen_embed.weight.shape[0] * 4  # the last and one contrast layer
     sample_image_tokens(
-        model, processor, [prompt], Decoding((12,)), parallel_size=args.images, seeds=[0], num_tokens=TOKENS
+        model, processor, [prompt], Decoding((6,)), parallel_size=args.images, seeds=[0], num_tokens=TOKENS
     )
     peak = memory("VmHWM") - before
     parts = {"weights": weights, "KV cache": cache, "one batch of logits": logits, "peak": peak}
