@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from inference import answer, answer_with_dola, answer_with_dola_static, answer_with_switches, is_right
-from janus.utils.batch import JANUS_TINY, write_whole
+from janus.utils.batch import JANUS_TINY
 from janus.utils.io import load_pretrained_model
 from janus.utils.rerank_with_dola import (
     build_text_bank,
@@ -37,26 +36,6 @@ from tools.eval_janus_tiny import EVERY, SPLITS, Rate, markdown, percent, some
 
 CANDIDATES = {"colour": tuple(scenes.COLOURS), "shape": scenes.SHAPES, "relation": tuple(scenes.COLOURS)}
 LAMBDAS = (0.0, 0.3, 0.7, 1.0)
-PAGE = """# What janus-tiny reads: baseline, DoLa, fusion
-
-`{command}` (float32, CPU), with `{used}`.
-Shares in %, with 95% intervals; {count} drawings a split, the same ones in every row.
-
-## The tower
-
-How often the text that the tower ranks first is true of the drawing: among all captions of its kind (288 with one
-object, 13,536 with two), among the eight colours, and among the six shapes.
-
-{tower}
-
-## Questions
-
-Answered word for word (greedy). The last three columns are the kinds of question, over all splits. "fused" is DoLa in
-the tower and on lm_head, and the tower's ranking of the kind's words as the prior; lambda 0 is checked to give the
-answers of "DoLa", every one.
-
-{questions}
-"""
 
 
 def sample_questions(count: int) -> list[dict[str, Any]]:
@@ -104,7 +83,7 @@ def question_rows(model, processor, siglip, tokenizer, switches: DoLaSwitches) -
     return rows
 
 
-def tower_table(model, processor, siglip, tokenizer, count: int) -> dict[str, dict[str, Rate]]:
+def tower_table(model, processor, siglip, tokenizer, switches: DoLaSwitches, count: int) -> dict[str, dict[str, Rate]]:
     """What the tower ranks first: row -> split -> how often it is true of the drawing."""
     tower, tau = model.vision_model.vision_tower, own_tau(siglip)
     depth = tower_depth(tower)
@@ -123,6 +102,9 @@ def tower_table(model, processor, siglip, tokenizer, count: int) -> dict[str, di
             ranked = {"baseline": rerank_with_dola_static_siglip(tower, images, bank, depth, tau=tau)}
             for layer in range(1, depth):
                 ranked[f"DoLa layer {layer}"] = rerank_with_dola_static_siglip(tower, images, bank, layer, tau=tau)
+            for alpha in (0.3, 0.5, 0.8):
+                p_hat = rerank_with_dola_static_siglip(tower, images, bank, vision_layer(tower, switches), alpha, tau)
+                ranked[f"DoLa layer {vision_layer(tower, switches)}, alpha {alpha}"] = p_hat
             ranked["early exit"], _ = rerank_with_dola_siglip(
                 tower, images, bank, tau=tau, candidate_layers=range(1, depth)
             )
@@ -137,12 +119,16 @@ def main() -> None:
     parser.add_argument("--model", default=str(JANUS_TINY))
     parser.add_argument("--config", help="switches that hold the layers and alphas (default: 0.8 of the depth, 0.1)")
     parser.add_argument("--count", type=int, default=120, help="drawings, and questions, per split")
-    parser.add_argument("--out", type=Path, default=Path("docs/understanding"), help="stem of the .md and .json")
+    parser.add_argument("--json", type=Path, help="where to write the counts behind the tables")
     args = parser.parse_args()
     _, processor, model = load_pretrained_model(args.model, "float32", "cpu")
     siglip, tokenizer = find_text_encoder(args.model, None)
     switches = DoLaSwitches.from_json(args.config) if args.config else DoLaSwitches()
-    found = {"tower": tower_table(model, processor, siglip, tokenizer, args.count), "questions": {}, "changed": {}}
+    found = {
+        "tower": tower_table(model, processor, siglip, tokenizer, switches, args.count),
+        "questions": {},
+        "changed": {},
+    }
 
     asked = sample_questions(args.count)
     given: dict[str, list[str]] = {}
@@ -168,18 +154,13 @@ def main() -> None:
         "tau": round(own_tau(siglip), 4),
     }
     used |= {name: value for name, value in asdict(switches).items() if value is not None}
-    page = PAGE.format(
-        command=f"python -m tools.eval_understanding --count {args.count}"
-        + f" --config {args.config}" * bool(args.config),
-        used=json.dumps(used),
-        count=args.count,
-        tower=markdown(["first in the tower's ranking", *SPLITS], tower),
-        questions=markdown(["", *columns, "other answers than baseline"], questions),
-    )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    for suffix, text in ((".md", page), (".json", json.dumps(found | {"used": used}, indent=1) + "\n")):
-        write_whole(args.out.with_suffix(suffix), partial(Path.write_text, data=text, encoding="utf-8"))
-    print(page)
+    if args.json:
+        args.json.write_text(json.dumps(found | {"used": used}, indent=1) + "\n", encoding="utf-8")
+    print(f"With {json.dumps(used)}; {args.count} drawings a split, the same ones in every row.\n")
+    print("Tower: share of drawings of which the text ranked first is true, %\n")
+    print(markdown(["", *SPLITS], tower), "\n")
+    print("Questions: share answered word for word (greedy), %; and how many answers are others than the baseline's\n")
+    print(markdown(["", *columns, "others"], questions))
 
 
 if __name__ == "__main__":
