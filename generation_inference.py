@@ -28,10 +28,16 @@ DECODED_TOGETHER = 16
 """Images that the VQ decoder turns to pixels at a time: its full-size feature maps are what takes memory there."""
 
 
+def chat_roles(tokenizer) -> tuple[str, str]:
+    """The (user, assistant) names a checkpoint was trained with: Janus-Pro has tokens of its own for them."""
+    if len(tokenizer.encode("<|User|>", add_special_tokens=False)) == 1:
+        return "<|User|>", "<|Assistant|>"
+    return "User", "Assistant"
+
+
 def format_image_prompt(vl_chat_processor, text: str) -> str:
     """The text as the chat string that asks for an image, ending in `<begin_of_image>`."""
-    pro = len(vl_chat_processor.tokenizer.encode("<|User|>", add_special_tokens=False)) == 1
-    user, assistant = ("<|User|>", "<|Assistant|>") if pro else ("User", "Assistant")
+    user, assistant = chat_roles(vl_chat_processor.tokenizer)
     rendered = vl_chat_processor.apply_sft_template_for_multi_turn_prompts(
         conversations=[{"role": user, "content": text}, {"role": assistant, "content": ""}],
         sft_format=vl_chat_processor.sft_format,

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from generation_inference import chat_roles
 from janus.utils.batch import (
     JANUS_TINY,
     CommandParser,
@@ -51,9 +52,7 @@ def prepare_question(mmgpt, vl_chat_processor, images: Images, question: str):
     Raises ValueError, naming the file, for an image that is not one.
     """
     images = [images] if isinstance(images, (str, os.PathLike, Image.Image)) else images
-    tokenizer = vl_chat_processor.tokenizer
-    pro = len(tokenizer.encode("<|User|>", add_special_tokens=False)) == 1
-    user, assistant = ("<|User|>", "<|Assistant|>") if pro else ("User", "Assistant")
+    user, assistant = chat_roles(vl_chat_processor.tokenizer)
     content = "<image_placeholder>\n" * len(images) + question
     batch = vl_chat_processor(
         conversations=[{"role": user, "content": content}, {"role": assistant, "content": ""}],

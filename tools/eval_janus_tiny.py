@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, SiglipModel
 
 from generation_inference import (
     Decoding,
+    chat_roles,
     format_image_prompt,
     image_geometry,
     own_guidance,
@@ -26,7 +27,7 @@ from generation_inference import (
     tokens_to_images,
 )
 from janus.models import MultiModalityCausalLM, VLChatProcessor
-from janus.utils.conversation import SYSTEM_PROMPT, chat_roles, render_conversation
+from janus.utils.conversation import SYSTEM_PROMPT, render_conversation
 from janus.utils.dola_logits_processor import DoLaLogitsProcessor
 from janus.utils.io import load_pretrained_model
 from tools import scenes

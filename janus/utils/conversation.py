@@ -22,10 +22,3 @@ def render_conversation(messages: Sequence[dict[str, Any]], system_prompt: str =
         separator = EOS if i % 2 else "\n\n"
         rendered += f"{message['role']}: {content}{separator}" if content else f"{message['role']}:"
     return rendered.strip()
-
-
-def chat_roles(tokenizer) -> tuple[str, str]:
-    """The (user, assistant) names a checkpoint was trained with: Janus-Pro has tokens of its own for them."""
-    if len(tokenizer.encode("<|User|>", add_special_tokens=False)) == 1:
-        return "<|User|>", "<|Assistant|>"
-    return "User", "Assistant"

@@ -18,9 +18,8 @@ from torch.nn.functional import normalize as l2_normalize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dola_runtime import compute_logprobs_from_hidden, contrast_with_apc_from_logprobs, guide_logits, probs_from_scores
-from generation_inference import Decoding, format_image_prompt, pack_prompts, trace_step
+from generation_inference import Decoding, chat_roles, format_image_prompt, pack_prompts, trace_step
 from janus.utils.batch import read_text
-from janus.utils.conversation import chat_roles
 from janus.utils.dola_logits_processor import find_decoder_parts
 from janus.utils.dola_scoring import (
     ContinuationScores,
