@@ -65,17 +65,21 @@ def measure_question(
     `kept` `[texts, completions]` the share of the true tokens that APC keeps.
     """
     texts = [" " + change(text) for change in TEXTS.values() for text in completions]
-    ids = [torch.tensor(tokenizer(text)["input_ids"]) for text in texts]
+    distinct = list(dict.fromkeys(texts))
+    ids = [torch.tensor(tokenizer(text)["input_ids"]) for text in distinct]
     forced = teacher_force(model, torch.tensor(tokenizer(prefix)["input_ids"]), ids)
     normed, raw = (
-        score_forced(model, forced, layers=LAYERS, alphas=ALPHAS, norm=norm, jsd=True) for norm in (True, False)
+        dict(zip(distinct, score_forced(model, forced, layers=LAYERS, alphas=ALPHAS, norm=norm, jsd=True), strict=True))
+        for norm in (True, False)
     )
-    dola = [torch.stack([sum_and_mean(every_decoding(s)) for s in scores], dim=-2) for scores in (normed, raw)]
-    split = (len(TEXTS), len(completions))
+    dola = [
+        torch.stack([sum_and_mean(every_decoding(scores[text])) for text in texts], dim=-2) for scores in (normed, raw)
+    ]
+    in_order, split = [normed[text] for text in texts], (len(TEXTS), len(completions))
     return {
-        "baseline": torch.stack([sum_and_mean(s.baseline.log_p) for s in normed]).unflatten(0, split),
+        "baseline": torch.stack([sum_and_mean(s.baseline.log_p) for s in in_order]).unflatten(0, split),
         "dola": torch.stack(dola).unflatten(-2, split),
-        "kept": torch.stack([(s.static.log_p[1, 0] > -math.inf).float().mean() for s in normed]).unflatten(0, split),
+        "kept": torch.stack([(s.static.log_p[1, 0] > -math.inf).float().mean() for s in in_order]).unflatten(0, split),
     }
 
 
