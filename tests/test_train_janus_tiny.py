@@ -3,7 +3,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from janus.utils.batch import JANUS_TINY
+from janus.utils.io import load_pretrained_model
 from tools import scenes
 from tools import train_janus_tiny as train
 
@@ -38,6 +41,28 @@ def test_only_the_answers_and_their_eos_are_learned(tokenizer, tmp_path: Path):
     assert processor.tokenizer.decode(labels[labels != -100]) == (
         " red<｜end▁of▁sentence｜> a blue star<｜end▁of▁sentence｜>"
     )
+
+
+@torch.no_grad()
+def test_packed_questions_are_read_as_each_would_be_alone():
+    _, processor, model = load_pretrained_model(JANUS_TINY, "float32", "cpu")
+    batch = [train.ONE[3], train.TWO[70]]
+    images = [Image.fromarray(scenes.render(scene)) for scene in batch]
+    head = processor.batchify([(train.render_question(processor, "?", "")[0], [image]) for image in images])
+    before = head.input_ids.shape[1]
+    turns = train.pack_turns(processor, [scenes.questions(scene) for scene in batch], before)
+    embeds = torch.cat([model.prepare_inputs_embeds(**vars(head)), model.get_input_embeddings()(turns.ids)], dim=1)
+    backbone = model.language_model.model
+    packed = backbone(inputs_embeds=embeds, attention_mask=turns.mask, position_ids=turns.position_ids)
+    for row, (scene, image) in enumerate(zip(batch, images, strict=True)):
+        at = before
+        for _, question, answer in scenes.questions(scene):
+            text = "".join(train.render_question(processor, question, answer))
+            alone = processor.batchify([(text, [image])])
+            states = backbone(inputs_embeds=model.prepare_inputs_embeds(**vars(alone))).last_hidden_state[0, before:]
+            assert torch.equal(turns.ids[row, at - before :][: len(states)], alone.input_ids[0, before:])
+            assert torch.allclose(packed.last_hidden_state[row, at:][: len(states)], states, atol=1e-4)
+            at += len(states)
 
 
 def test_a_resumed_stage_ends_with_the_weights_of_an_uninterrupted_one(tmp_path: Path):

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize, one_hot
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     GenerationConfig,
     LlamaConfig,
@@ -470,6 +472,44 @@ def encode_drawings(vq: VQ, path: Path) -> tuple[list[Scene], Tensor, int]:
     return [scene for scene, _ in jobs], torch.load(path, weights_only=True).long(), count_of_one
 
 
+def render_question(processor: VLChatProcessor, question: str, answer: str) -> tuple[str, str]:
+    """A conversation about one image, up to where its question begins, and from there on."""
+    head = f"{processor.image_tag}\n"
+    messages = [{"role": ROLES[0], "content": head + question}, {"role": ROLES[1], "content": answer}]
+    before, after = render_conversation(messages, SYSTEM_PROMPT).split(head)
+    return before + head, after
+
+
+class Turns(NamedTuple):
+    """Token ids `[batch, T]` of questions and answers in a row, and how they follow the P tokens before them.
+
+    `mask` is bool `[batch, 1, P + T, P + T]`, `position_ids` `[batch, P + T]`: each turn stands right behind the P
+    tokens and sees them and itself, so that no answer can be read off another one.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    position_ids: Tensor
+
+
+def pack_turns(processor: VLChatProcessor, asked: list[list[tuple[str, str, str]]], before: int) -> Turns:
+    """Rows of (kind, question, answer) as `scenes.questions` gives them, each behind `before` tokens."""
+    ids, turn_of, positions = [], [], []
+    for row in asked:
+        texts = [render_question(processor, question, answer)[1] for _, question, answer in row]
+        turns = [processor.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        ids.append(torch.tensor([token for turn in turns for token in turn]))
+        turn_of.append(torch.tensor([0] * before + [k for k, turn in enumerate(turns, 1) for _ in turn]))
+        positions.append(torch.cat([torch.arange(before), *(before + torch.arange(len(turn)) for turn in turns)]))
+    turn = pad_sequence(turn_of, batch_first=True, padding_value=-1)
+    sees = (turn[:, None, :] == 0) | (turn[:, None, :] == turn[:, :, None])
+    return Turns(
+        ids=pad_sequence(ids, batch_first=True, padding_value=processor.pad_id),
+        mask=sees.tril()[:, None],
+        position_ids=pad_sequence(positions, batch_first=True),
+    )
+
+
 def answer_labels(ids: Tensor, processor: VLChatProcessor) -> Tensor:
     """Labels [batch, T]: what follows each "<|Assistant|>:" up to its eos, and -100 elsewhere."""
     vocabulary = processor.tokenizer.get_vocab()
@@ -494,7 +534,8 @@ def train_llama(
     model.gen_embed.weight.data.copy_(vq.codebook())
     for part in (model.vision_model, model.gen_vision_model):
         part.eval().requires_grad_(False)
-    backbone, pad = model.language_model.model, processor.tokenizer.get_vocab()[PAD]
+    backbone, pad = model.language_model.model, processor.pad_id
+    before_question, _ = render_question(processor, "What?", "")
 
     def prompt_ids(scene: Scene) -> list[int]:
         messages = [{"role": ROLES[0], "content": scene.caption}, {"role": ROLES[1], "content": ""}]
@@ -519,22 +560,19 @@ def train_llama(
         return cross_entropy(model.gen_head(hidden).float(), drawn_codes.flatten())
 
     def answering_loss(rng: np.random.Generator) -> Tensor:
-        """Questions about images: 16 conversations of four turns about one image each."""
-        prompts = []
-        for scene in sample_scenes(rng, 16, share_of_one=0.2):
-            asked = scenes.questions(scene)
-            messages = []
-            for k in rng.permutation(len(asked))[:4]:
-                _, question, answer = asked[k]
-                messages += [{"role": ROLES[0], "content": question}, {"role": ROLES[1], "content": answer}]
-            messages[0]["content"] = f"{processor.image_tag}\n{messages[0]['content']}"
-            prompts.append((render_conversation(messages, SYSTEM_PROMPT), [Image.fromarray(scenes.draw(scene, rng))]))
-        batch = processor.batchify(prompts)
-        embeds = model.prepare_inputs_embeds(**vars(batch))
-        hidden = backbone(inputs_embeds=embeds, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
-        labels = answer_labels(batch.input_ids, processor)[:, 1:]
+        """Questions about images: 16 images, each with every question about it."""
+        batch = sample_scenes(rng, 16, share_of_one=0.2)
+        images = [Image.fromarray(scenes.draw(scene, rng)) for scene in batch]
+        head = processor.batchify([(before_question, [image]) for image in images])
+        turns = pack_turns(processor, [scenes.questions(scene) for scene in batch], head.input_ids.shape[1])
+        embeds = model.prepare_inputs_embeds(**vars(head))
+        embeds = torch.cat([embeds, model.get_input_embeddings()(turns.ids).to(embeds.dtype)], dim=1)
+        hidden = backbone(
+            inputs_embeds=embeds, attention_mask=turns.mask, position_ids=turns.position_ids, use_cache=False
+        ).last_hidden_state[:, -turns.ids.shape[1] : -1]
+        labels = answer_labels(turns.ids, processor)[:, 1:]
         asked_for = labels != -100
-        return cross_entropy(model.language_model.lm_head(hidden[:, :-1][asked_for]).float(), labels[asked_for])
+        return cross_entropy(model.language_model.lm_head(hidden[asked_for]).float(), labels[asked_for])
 
     def loss_at(step: int) -> Tensor:
         rng = rng_at("llama", step)

@@ -1,6 +1,7 @@
 """The LLaMA backbone over a preallocated cache: no growing tensors, and on CUDA one captured graph per step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +29,17 @@ def capture(step: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
+@contextmanager
+def attending_by(implementation: str, llama: LlamaModel) -> Iterator[None]:
+    """Within, transformers' attention layers attend by another of its implementations."""
+    own = llama.config._attn_implementation
+    llama.config._attn_implementation = implementation
+    try:
+        yield
+    finally:
+        llama.config._attn_implementation = own
+
+
 class StaticBackbone:
     """Reads the wanted layers of transformers' LlamaModel; itself the cache that its attention layers update.
 
@@ -43,7 +55,7 @@ class StaticBackbone:
         heads: Any = config.num_key_value_heads
         shape = (len(llama.layers), 2, rows, heads, capacity, attention.head_dim)
         self.cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)  # masked, but 0 x NaN is NaN
-        self.open = torch.zeros((rows, 1, 1, capacity), dtype=torch.bool, device=weight.device)
+        self.mask = torch.full((rows, 1, 1, capacity), -torch.inf, dtype=weight.dtype, device=weight.device)
         self.position = torch.zeros(1, dtype=torch.long, device=weight.device)
         self.masked = self.graphed
         self.capturing = False
@@ -70,7 +82,7 @@ class StaticBackbone:
         if valid is None:
             self.start = torch.zeros(1, dtype=torch.long, device=embeds.device)
             mask, positions = None, self.slots[None]
-            self.open[..., :length] = True
+            self.mask[..., :length] = 0
         else:
             starts = (~valid).sum(-1)
             causal = torch.ones((length, length), dtype=torch.bool, device=embeds.device).tril()
@@ -78,7 +90,7 @@ class StaticBackbone:
             mask = (causal & valid[:, None, None, :]) | itself
             positions = (self.slots[None] - starts[:, None]).clamp(min=0)
             self.start = starts[rows]
-            self.open[..., :length] = valid[rows, None, None]
+            self.mask[..., :length].masked_fill_(valid[rows, None, None], 0)
             self.masked = True
         states = self._forward(embeds, mask, positions)[:, rows]
         for own, read in zip(self.cache, self.target, strict=True):  # by layer: no second cache in memory
@@ -90,9 +102,11 @@ class StaticBackbone:
         """One token for every row, `[rows, 1, width]`, to `[1 + layers, rows, width]`, last layer first, all normed."""
         if not self.capturing:
             self._advance()
-        self.open.index_fill_(3, self.position, True)
-        mask = self.open[..., : self.visible] if self.masked else None
-        return self._forward(embeds, mask, (self.position - self.start)[:, None])
+        self.mask.index_fill_(3, self.position, 0)
+        mask = self.mask[..., : self.visible] if self.masked else None
+        # for a single query the CPU's fused kernel is slower than the two products that it fuses
+        with attending_by("eager" if embeds.device.type == "cpu" else "sdpa", self.llama):
+            return self._forward(embeds, mask, (self.position - self.start)[:, None])
 
     def _advance(self) -> None:
         self.position.fill_(self.filled)
