@@ -401,7 +401,7 @@ def test_janus_tiny_reads_a_drawing_with_and_without_the_vision_prior(monkeypatc
     config = ["--config", tmp_path / "s.json", "--candidates", *scenes.COLOURS]
     for options in ([], ["--layer_ratio", 0.8], config):
         run(monkeypatch, *asked, *options)
-        assert capsys.readouterr().out.strip() == "red"
+        assert capsys.readouterr().out == "red\n"
     siglip, tokenizer = inference.find_text_encoder(str(JANUS_TINY), None)
     tower = MultiModalityCausalLM.from_pretrained(JANUS_TINY, dtype=torch.float32).vision_model.vision_tower
     captions = [other.caption for other in scenes.one_object_scenes()]
