@@ -33,12 +33,20 @@ from janus.utils.rerank_with_dola import (
 from janus.utils.switches import DoLaSwitches
 from tools import scenes
 from tools.eval_janus_tiny import EVERY, SPLITS, Rate, markdown, percent, some
+from tools.scenes import Scene
 
 CANDIDATES = {"colour": tuple(scenes.COLOURS), "shape": scenes.SHAPES, "relation": tuple(scenes.COLOURS)}
 LAMBDAS = (0.0, 0.3, 0.7, 1.0)
 
 
-def sample_questions(count: int) -> list[dict[str, Any]]:
+def take_picture(scene: Scene, rng: np.random.Generator, noise: float) -> Image.Image:
+    """A drawing with Gaussian noise of so many grey levels on every pixel and channel."""
+    drawing = scenes.draw(scene, rng)
+    grain = rng.spawn(1)[0].normal(0, noise, drawing.shape)  # its own stream: the scenes drawn do not depend on it
+    return Image.fromarray((drawing + grain).clip(0, 255).round().astype(np.uint8))
+
+
+def sample_questions(count: int, noise: float) -> list[dict[str, Any]]:
     """`count` questions of each split on fresh drawings, of the kinds that have candidates."""
     asked = []
     for split, every in SPLITS.items():
@@ -46,7 +54,7 @@ def sample_questions(count: int) -> list[dict[str, Any]]:
         for scene in some(every, count, seed=4):
             about = [(kind, q, a) for kind, q, a in scenes.questions(scene) if kind in CANDIDATES]
             kind, question, expected = about[rng.integers(len(about))]
-            image = Image.fromarray(scenes.draw(scene, rng))
+            image = take_picture(scene, rng, noise)
             asked.append({"split": split, "kind": kind, "image": image, "question": question, "expected": expected})
     return asked
 
@@ -83,14 +91,16 @@ def question_rows(model, processor, siglip, tokenizer, switches: DoLaSwitches) -
     return rows
 
 
-def tower_table(model, processor, siglip, tokenizer, switches: DoLaSwitches, count: int) -> dict[str, dict[str, Rate]]:
+def tower_table(
+    model, processor, siglip, tokenizer, switches: DoLaSwitches, count: int, noise: float
+) -> dict[str, dict[str, Rate]]:
     """What the tower ranks first: row -> split -> how often it is true of the drawing."""
     tower, tau = model.vision_model.vision_tower, own_tau(siglip)
     depth = tower_depth(tower)
     rates: dict[str, dict[str, Rate]] = {}
     for split in SPLITS:
         rng, shown = np.random.default_rng(3), some(SPLITS[split], count, seed=3)
-        images = processor.image_processor([Image.fromarray(scenes.draw(scene, rng)) for scene in shown])
+        images = processor.image_processor([take_picture(scene, rng, noise) for scene in shown])
         captions = [scene.caption for scene in EVERY[split.split(",")[0]]]
         groups = {
             "captions": (captions, [{scene.caption} for scene in shown]),
@@ -119,18 +129,19 @@ def main() -> None:
     parser.add_argument("--model", default=str(JANUS_TINY))
     parser.add_argument("--config", help="switches that hold the layers and alphas (default: 0.8 of the depth, 0.1)")
     parser.add_argument("--count", type=int, default=120, help="drawings, and questions, per split")
+    parser.add_argument("--noise", type=float, default=0.0, help="grey levels (0 to 255) of noise on the drawings")
     parser.add_argument("--json", type=Path, help="where to write the counts behind the tables")
     args = parser.parse_args()
     _, processor, model = load_pretrained_model(args.model, "float32", "cpu")
     siglip, tokenizer = find_text_encoder(args.model, None)
     switches = DoLaSwitches.from_json(args.config) if args.config else DoLaSwitches()
     found = {
-        "tower": tower_table(model, processor, siglip, tokenizer, switches, args.count),
+        "tower": tower_table(model, processor, siglip, tokenizer, switches, args.count, args.noise),
         "questions": {},
         "changed": {},
     }
 
-    asked = sample_questions(args.count)
+    asked = sample_questions(args.count, args.noise)
     given: dict[str, list[str]] = {}
     for name, way in tqdm(question_rows(model, processor, siglip, tokenizer, switches).items(), desc="questions"):
         given[name] = [way(q["kind"], q["image"], q["question"]) for q in asked]
@@ -156,7 +167,7 @@ def main() -> None:
     used |= {name: value for name, value in asdict(switches).items() if value is not None}
     if args.json:
         args.json.write_text(json.dumps(found | {"used": used}, indent=1) + "\n", encoding="utf-8")
-    print(f"With {json.dumps(used)}; {args.count} drawings a split, the same ones in every row.\n")
+    print(f"With {json.dumps(used)}; {args.count} drawings a split, noise of {args.noise:g}, the same in every row.\n")
     print("Tower: share of drawings of which the text ranked first is true, %\n")
     print(markdown(["", *SPLITS], tower), "\n")
     print("Questions: share answered word for word (greedy), %; and how many answers are others than the baseline's\n")

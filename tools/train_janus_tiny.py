@@ -607,7 +607,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/janus-tiny"), help="checkpoints and log of the stages")
     parser.add_argument("--vq-steps", type=int, default=2400)
     parser.add_argument("--tower-steps", type=int, default=2400)
-    parser.add_argument("--llama-steps", type=int, default=2600)
+    parser.add_argument("--llama-steps", type=int, default=4000)
     parser.add_argument("--out", type=Path, default=Path("janus/checkpoints/janus-tiny"))
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
