@@ -137,14 +137,13 @@ def accuracy(right: Tensor, baseline: Tensor) -> dict:
 
 
 def plot(records: list[dict], path: Path) -> None:
-    """Layer on x, accuracy on y, one line per treatment, for mean and summed scores, with and without LN_out.
+    """Layer on x, accuracy on y, one line per treatment, for each text and score, with and without LN_out.
 
     Early exit, and the mask without a contrast, are diamonds beside the line.
     """
     matplotlib.use("agg")
-    figure, axes = plt.subplots(2, 2, figsize=(12, 8), sharex=True, sharey=True, layout="constrained")
-    text = next(iter(TEXTS))
-    for (i, reduce), (j, norm) in product(enumerate(("mean", "sum")), enumerate((True, False))):
+    figure, axes = plt.subplots(4, 2, figsize=(12, 14), sharex=True, sharey=True, layout="constrained")
+    for (i, (text, reduce)), (j, norm) in product(enumerate(product(TEXTS, ("mean", "sum"))), enumerate((True, False))):
         here = [record for record in records if record["text"] == text and record["score"] == reduce]
         baseline = next(record for record in here if record["decoding"] == "baseline")
         axis = axes[i, j]
@@ -167,10 +166,10 @@ def plot(records: list[dict], path: Path) -> None:
             )
             for row in (ROWS[0], *ROWS[-len(EARLY_EXITS) :]):
                 axis.plot(row, found[row], marker="D", markersize=5, color=line[0].get_color())
-        axis.set_title(f"{reduce} of log-probabilities, {'through' if norm else 'without'} LN_out")
+        axis.set_title(f"text {text}, {reduce} of log-probabilities, {'through' if norm else 'without'} LN_out")
         axis.tick_params(axis="x", rotation=60)
         axis.grid(alpha=0.3)
-    for axis in axes[1]:
+    for axis in axes[-1]:
         axis.set_xlabel("contrast layer (the last is 30), or candidate layers of early exit")
     for axis in axes[:, 0]:
         axis.set_ylabel("accuracy, 4 choices")
@@ -252,7 +251,7 @@ def main() -> None:
     measured = {key: torch.stack([part[key] for part in parts]) for key in parts[0]}
     records = summarise(measured)
     args.out.mkdir(parents=True, exist_ok=True)
-    command = f"python -m benchmarks.factor {args.csv}"
+    command = f"python -m benchmarks.factor {args.csv.name}"
     (args.out / "factor.md").write_text(to_markdown(records, measured["kept"], command), encoding="utf-8")
     (args.out / "factor.json").write_text(
         json.dumps({"command": command, "records": records}, indent=1) + "\n", encoding="utf-8"

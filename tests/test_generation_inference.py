@@ -248,6 +248,22 @@ def test_the_graphed_step_gives_the_same_tokens_across_its_buckets(golden, monke
     assert torch.equal(alone[0], expected[0])
 
 
+def test_a_failing_step_leaves_the_models_attention_as_it_was(golden):
+    llama = golden.model.language_model.model
+
+    def fail(layer, arguments):
+        if arguments[0].shape[1] == 1:  # a step, not the prefill
+            raise RuntimeError("out of memory")
+
+    hook = llama.layers[2].register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            sample_image_tokens(golden.model, golden.processor, golden.facts["sft"][:1], Decoding(), parallel_size=1)
+    finally:
+        hook.remove()
+    assert llama.config._attn_implementation == "sdpa"
+
+
 # --- trace -----------------------------------------------------------------------------------------------------------
 
 
