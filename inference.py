@@ -336,7 +336,7 @@ def main() -> None:
 
     def ask(question: Question) -> str:
         images = [question.folder / image for image in question.images]
-        return way(model, processor, images, question.text, **vision.get(question.candidates, {})).strip()
+        return way(model, processor, images, question.text, **vision.get(question.candidates, {})).removeprefix(" ")
 
     if args.question:
         print(ask(questions[0]))
