@@ -276,7 +276,7 @@ def test_a_config_runs_rerank_mapping_dola_and_fusion(golden, monkeypatch, capsy
         tau=0.5,
         max_new_tokens=6,
     )
-    assert capsys.readouterr().out == expected.removeprefix(" ") + "\n"
+    assert capsys.readouterr().out == f"{expected}\n".removeprefix(" ")
     assert expected != answer_with_dola_static(
         golden.model, golden.processor, SAMPLE, QUESTION, layer=3, max_new_tokens=6
     )
