@@ -262,7 +262,7 @@ class EagerBackbone:
 def pick_backbone(llama) -> Callable[..., Any]:
     """The static-cache backbone where this is transformers' own LLaMA with sdpa, else the eager one."""
     try:
-        from janus.utils.static_backbone import StaticBackbone
+        from janus.dola.static_backbone import StaticBackbone
     except ImportError:  # a checkout of the original code
         return EagerBackbone
     return StaticBackbone if StaticBackbone.serves(llama) else EagerBackbone
@@ -435,8 +435,8 @@ def generate_with_dola(
 
 
 def main() -> None:
-    from janus.utils.batch import CommandParser, add_model_arguments, positive
-    from janus.utils.io import load_pretrained_model
+    from janus.dola.cli import CommandParser, add_model_arguments, positive
+    from janus.dola.loading import load_pretrained_model
 
     parser = CommandParser(description="The reference text-to-image loop: one prompt to generated_samples/.")
     add_model_arguments(parser)
@@ -457,6 +457,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from janus.utils.batch import run_command
+    from janus.dola.cli import run_command
 
     run_command(main)

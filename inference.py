@@ -18,27 +18,12 @@ from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from generation_inference import chat_roles
-from janus.utils.batch import (
-    JANUS_TINY,
-    CommandParser,
-    RunLog,
-    add_model_arguments,
-    parse_layers,
-    positive,
-    read_json_file,
-    run_command,
-)
-from janus.utils.dola_logits_processor import DoLaLogitsProcessor
-from janus.utils.mm_fusion import VisionPriorLogitsProcessor, first_token_ids, vision_prior
-from janus.utils.rerank_with_dola import (
-    build_text_bank,
-    find_text_encoder,
-    load_image,
-    own_tau,
-    rerank_with_dola_static_siglip,
-    vision_layer,
-)
-from janus.utils.switches import DoLaSwitches
+from janus.dola.cli import JANUS_TINY, CommandParser, add_model_arguments, parse_layers, positive, run_command
+from janus.dola.files import RunLog, load_image, read_json_file
+from janus.dola.fusion import VisionPriorLogitsProcessor, first_token_ids, vision_prior
+from janus.dola.logits_processor import DoLaLogitsProcessor
+from janus.dola.rerank import build_text_bank, find_text_encoder, own_tau, rerank_with_dola_static_siglip, vision_layer
+from janus.dola.switches import DoLaSwitches
 
 Images = str | os.PathLike | Image.Image | Sequence[str | os.PathLike | Image.Image]
 
@@ -314,7 +299,7 @@ def way_to_answer(parser: CommandParser, args: argparse.Namespace) -> partial:
 
 
 def main() -> None:
-    from janus.utils.io import load_pretrained_model  # here, so that the rest runs beside the original code too
+    from janus.dola.loading import load_pretrained_model  # here, so that the rest runs beside the original code too
 
     parser = build_parser()
     args = parser.parse_args()

@@ -27,19 +27,10 @@ from generation_inference import (
     static_layers,
     tokens_to_images,
 )
-from janus.utils.batch import (
-    JANUS_TINY,
-    CommandParser,
-    RunLog,
-    add_model_arguments,
-    parse_layers,
-    positive,
-    read_json_file,
-    run_command,
-    write_whole,
-)
-from janus.utils.io import load_pretrained_model, resolve_device, resolve_dtype
-from janus.utils.switches import DoLaSwitches
+from janus.dola.cli import JANUS_TINY, CommandParser, add_model_arguments, parse_layers, positive, run_command
+from janus.dola.files import RunLog, read_json_file, write_whole
+from janus.dola.loading import load_pretrained_model, resolve_device, resolve_dtype
+from janus.dola.switches import DoLaSwitches
 
 EXAMPLE_PROMPTS = Path(__file__).parent / "examples" / "prompt.json"
 MAX_IMAGES_PER_BATCH = {"cpu": 64, "cuda": 256}

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from generation_inference import Decoding, format_image_prompt, sample_image_tokens
+from janus.dola.cli import JANUS_TINY, CommandParser, positive, run_command
 from janus.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor
-from janus.utils.batch import JANUS_TINY, CommandParser, positive, run_command
 
 WIDTH, LAYERS, TOKENS = 1024, 8, 192
 

@@ -25,10 +25,10 @@ from generation_inference import (
     static_layers,
     tokens_to_images,
 )
+from janus.dola.cli import JANUS_TINY, CommandParser, add_model_arguments, positive, run_command
+from janus.dola.loading import load_pretrained_model, resolve_device, resolve_dtype
 from janus.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor
 from janus.models.checkpoint import TRANSFORMERS_FORMAT, _materialise, _translate
-from janus.utils.batch import JANUS_TINY, CommandParser, add_model_arguments, positive, run_command
-from janus.utils.io import load_pretrained_model, resolve_device, resolve_dtype
 
 SIZES = {
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24, "num_attention_heads": 16},

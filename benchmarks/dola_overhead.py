@@ -9,8 +9,8 @@ import time
 import torch
 
 from generation_inference import Decoding, format_image_prompt, image_geometry, sample_image_tokens, static_layers
-from janus.utils.batch import CommandParser, add_model_arguments, positive, run_command
-from janus.utils.io import load_pretrained_model
+from janus.dola.cli import CommandParser, add_model_arguments, positive, run_command
+from janus.dola.loading import load_pretrained_model
 
 
 def seconds_per_step(model, processor, decoding: Decoding, parallel_size: int) -> float:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.smollm2 import load_smollm2
-from janus.utils.dola_scoring import DROPPED, ContinuationScores, fill_dropped, score_forced, teacher_force
+from janus.dola.scoring import DROPPED, ContinuationScores, fill_dropped, score_forced, teacher_force
 
 LAYERS = list(range(2, 30, 2))
 EARLY_EXITS = ([2, 4, 6, 8, 10, 12, 14], [16, 18, 20, 22, 24, 26, 28], [22, 24, 26, 28])

@@ -22,11 +22,19 @@ from benchmarks.factor import read_questions
 from benchmarks.smollm2 import load_smollm2
 from dola_runtime import compute_logprobs_from_hidden
 from generation_inference import own_guidance
-from janus.utils.batch import add_model_arguments, positive, run_command
-from janus.utils.dola_scoring import score_tokens, slice_places
-from janus.utils.io import load_pretrained_model
-from janus.utils.layer_metrics import Example, Task, answers_task, continuation_task, image_task, measure, read_examples
-from janus.utils.layer_search import ALPHAS
+from janus.dola.cli import add_model_arguments, positive, run_command
+from janus.dola.layer_search.__main__ import ALPHAS
+from janus.dola.layer_search.metrics import (
+    Example,
+    Task,
+    answers_task,
+    continuation_task,
+    image_task,
+    measure,
+    read_examples,
+)
+from janus.dola.loading import load_pretrained_model
+from janus.dola.scoring import score_tokens, slice_places
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from hypothesis import settings
 from safetensors.torch import load_file
 from torch import Tensor
 
+from janus.dola.loading import load_pretrained_model
 from janus.models import MultiModalityCausalLM, VLChatProcessor
-from janus.utils.io import load_pretrained_model
 
 GOLDEN = Path(__file__).parent / "goldens" / "janus-upstream-tiny"
 DATA = Path(os.environ.get("JANUS_DOLA_DATA", "data"))

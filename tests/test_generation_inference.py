@@ -16,8 +16,8 @@ from generation_inference import (
     generate_with_dola_static,
     sample_image_tokens,
 )
-from janus.utils import static_backbone
-from janus.utils.static_backbone import StaticBackbone
+from janus.dola import static_backbone
+from janus.dola.static_backbone import StaticBackbone
 
 
 @pytest.fixture(params=["static", "eager"])

@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipModel
 import inference
 from conftest import GOLDEN
 from inference import answer, answer_with_dola, answer_with_dola_static, answer_with_switches
+from janus.dola.cli import JANUS_TINY, run_command
+from janus.dola.fusion import first_token_ids
+from janus.dola.rerank import rerank_with_dola_static_siglip
+from janus.dola.switches import DoLaSwitches
 from janus.models import MultiModalityCausalLM
-from janus.utils.batch import JANUS_TINY, run_command
-from janus.utils.mm_fusion import first_token_ids
-from janus.utils.rerank_with_dola import rerank_with_dola_static_siglip
-from janus.utils.switches import DoLaSwitches
 from tools import scenes
 
 SAMPLE, QUESTION = GOLDEN / "sample.png", "What is in this image?"

@@ -15,10 +15,11 @@ from transformers import SiglipConfig, SiglipModel
 from benchmarks.smollm2 import find_smollm2, load_smollm2
 from conftest import DATA, GOLDEN
 from generation_inference import format_image_prompt
-from janus.utils import layer_search
-from janus.utils.batch import JANUS_TINY, RunLog, run_command
-from janus.utils.io import load_pretrained_model
-from janus.utils.layer_metrics import (
+from janus.dola.cli import JANUS_TINY, run_command
+from janus.dola.files import RunLog
+from janus.dola.layer_search import __main__ as layer_search
+from janus.dola.layer_search.__main__ import bootstrap, buckets, claims, search, summarise, table, update_switches
+from janus.dola.layer_search.metrics import (
     answers_task,
     continuation_task,
     find_decision,
@@ -28,9 +29,9 @@ from janus.utils.layer_metrics import (
     read_examples,
     tower_task,
 )
-from janus.utils.layer_search import bootstrap, buckets, claims, search, summarise, table, update_switches
-from janus.utils.rerank_with_dola import build_text_bank, load_text_encoder, pooled_features
-from janus.utils.switches import DoLaSwitches
+from janus.dola.loading import load_pretrained_model
+from janus.dola.rerank import build_text_bank, load_text_encoder, pooled_features
+from janus.dola.switches import DoLaSwitches
 from run_batch_prompts import apply_switches
 from run_batch_prompts import build_parser as batch_parser
 from tools import scenes

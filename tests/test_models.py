@@ -17,9 +17,9 @@ from transformers.models.janus.configuration_janus import JanusVisionConfig, Jan
 
 from conftest import GOLDEN
 from generation_inference import format_image_prompt, generate, pack_prompts, tokens_to_images
+from janus.dola.loading import load_pretrained_model
 from janus.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor
 from janus.models.checkpoint import CheckpointError
-from janus.utils.io import load_pretrained_model
 
 
 def close(got, expected):

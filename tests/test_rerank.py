@@ -12,19 +12,19 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipModel, SiglipVisionModel
 
 from conftest import GOLDEN
-from janus.utils import rerank_with_dola
-from janus.utils.batch import run_command
-from janus.utils.rerank_with_dola import (
+from janus.dola import rerank
+from janus.dola.cli import run_command
+from janus.dola.files import load_image
+from janus.dola.rerank import (
     build_probs_from_rep,
     build_text_bank,
-    load_image,
     own_tau,
     pooled_features,
     rerank_with_dola_siglip,
     rerank_with_dola_static_siglip,
     tower_depth,
 )
-from janus.utils.switches import DoLaSwitches
+from janus.dola.switches import DoLaSwitches
 
 
 class FeatureTower:
@@ -314,7 +314,7 @@ def text_encoder(tokenizer, tmp_path_factory) -> Path:
 def run(monkeypatch, text_encoder: Path, *options: object) -> None:
     usual = ["--model", GOLDEN, "--device", "cpu", "--dtype", "float32", "--text_encoder", text_encoder]
     monkeypatch.setattr(sys, "argv", ["rerank_with_dola", *map(str, [*usual, *options])])
-    run_command(rerank_with_dola.main)
+    run_command(rerank.main)
 
 
 @pytest.mark.parametrize(

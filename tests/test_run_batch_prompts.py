@@ -17,7 +17,7 @@ from PIL import Image
 import run_batch_prompts
 from conftest import DATA, GOLDEN
 from generation_inference import format_image_prompt, generate_with_dola_static
-from janus.utils.batch import run_command
+from janus.dola.cli import run_command
 from run_batch_prompts import file_stub, prompt_seed, read_prompts
 
 PROMPTS = ["a red circle on a blue background", "画一只在草地上的狗。", "a dog", "CON", "a/b\\c:d", "a dog"]

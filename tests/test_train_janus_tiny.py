@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from janus.utils.batch import JANUS_TINY
-from janus.utils.io import load_pretrained_model
+from janus.dola.cli import JANUS_TINY
+from janus.dola.loading import load_pretrained_model
 from tools import scenes
 from tools import train_janus_tiny as train
 

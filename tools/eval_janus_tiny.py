@@ -26,10 +26,10 @@ from generation_inference import (
     sample_image_tokens,
     tokens_to_images,
 )
+from janus.dola.loading import load_pretrained_model
+from janus.dola.logits_processor import DoLaLogitsProcessor
 from janus.models import MultiModalityCausalLM, VLChatProcessor
 from janus.utils.conversation import SYSTEM_PROMPT, render_conversation
-from janus.utils.dola_logits_processor import DoLaLogitsProcessor
-from janus.utils.io import load_pretrained_model
 from tools import scenes
 from tools.scenes import Scene
 

@@ -19,9 +19,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from inference import answer, answer_with_dola, answer_with_dola_static, answer_with_switches, is_right
-from janus.utils.batch import JANUS_TINY
-from janus.utils.io import load_pretrained_model
-from janus.utils.rerank_with_dola import (
+from janus.dola.cli import JANUS_TINY
+from janus.dola.loading import load_pretrained_model
+from janus.dola.rerank import (
     build_text_bank,
     find_text_encoder,
     own_tau,
@@ -30,7 +30,7 @@ from janus.utils.rerank_with_dola import (
     tower_depth,
     vision_layer,
 )
-from janus.utils.switches import DoLaSwitches
+from janus.dola.switches import DoLaSwitches
 from tools import scenes
 from tools.eval_janus_tiny import EVERY, SPLITS, Rate, markdown, percent, some
 from tools.scenes import Scene

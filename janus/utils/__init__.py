@@ -1,1 +1,1 @@
-"""Loading, conversations, and the DoLa pieces that run beside the model."""
+"""Loading and conversations, as in the original, and the names that the plans give."""

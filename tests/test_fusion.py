@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dola_runtime import contrast_with_apc_from_logits
-from janus.utils.mm_fusion import VisionPriorLogitsProcessor, first_token_ids, vision_prior
-from janus.utils.switches import DoLaSwitches
+from janus.dola.fusion import VisionPriorLogitsProcessor, first_token_ids, vision_prior
+from janus.dola.switches import DoLaSwitches
 
 NO_IDS = torch.zeros(1, 0, dtype=torch.long)
 

@@ -27,7 +27,7 @@ from transformers.generation.logits_process import (
 from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.smollm2 import find_smollm2, load_smollm2
-from janus.utils.dola_logits_processor import DoLaLogitsProcessor
+from janus.dola.logits_processor import DoLaLogitsProcessor
 
 TINY: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 97}
 LLAMA = LlamaConfig(**TINY, num_hidden_layers=6, eos_token_id=None, pad_token_id=0)

@@ -1,6 +1,6 @@
 """Choosing the contrast layer: every layer and alpha of a validation set from one forward pass per example.
 
-`python -m janus.utils.layer_search image --data pairs.jsonl --outdir found` searches the layer for painting; `answers`
+`python -m janus.dola.layer_search image --data pairs.jsonl --outdir found` searches the layer for painting; `answers`
 and `tower` do it for lm_head and for SigLIP. Found are a table, a curve, and the switches that every command reads with
 `--config`.
 """
@@ -19,18 +19,9 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from generation_inference import Decoding, own_guidance
-from janus.utils.batch import (
-    JANUS_TINY,
-    RunLog,
-    add_model_arguments,
-    parse_layers,
-    positive,
-    read_json_file,
-    run_command,
-    write_whole,
-)
-from janus.utils.io import load_pretrained_model, resolve_device, resolve_dtype
-from janus.utils.layer_metrics import (
+from janus.dola.cli import JANUS_TINY, add_model_arguments, parse_layers, positive, run_command
+from janus.dola.files import RunLog, load_image, read_json_file, write_whole
+from janus.dola.layer_search.metrics import (
     FIELDS,
     Example,
     Task,
@@ -44,8 +35,9 @@ from janus.utils.layer_metrics import (
     rivals,
     tower_task,
 )
-from janus.utils.rerank_with_dola import find_text_encoder, load_image
-from janus.utils.switches import DoLaSwitches
+from janus.dola.loading import load_pretrained_model, resolve_device, resolve_dtype
+from janus.dola.rerank import find_text_encoder
+from janus.dola.switches import DoLaSwitches
 
 ALPHAS = (0.02, 0.05, 0.1, 0.2, 0.5)
 SWITCHES = {

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from janus.utils import dola_scoring
-from janus.utils.dola_scoring import ContinuationScores, fill_dropped, score_continuations
+from janus.dola import scoring
+from janus.dola.scoring import ContinuationScores, fill_dropped, score_continuations
 
 LAYERS, ALPHAS = [5, 1, 2], (0.0, 0.1, 0.6)
 PREFIX = torch.tensor([3, 14, 15, 92, 65])
@@ -93,7 +93,7 @@ def test_slices_batches_and_embeddings_change_nothing(llama, monkeypatch):
     embedded = llama.get_input_embeddings()(PREFIX).detach()
     for ids, scores in zip(CONTINUATIONS, together, strict=True):
         equal(score_continuations(llama, embedded, [ids], layers=LAYERS, alphas=ALPHAS)[0], scores)
-    monkeypatch.setattr(dola_scoring, "SLICE_ELEMENTS", 1)
+    monkeypatch.setattr(scoring, "SLICE_ELEMENTS", 1)
     for scores, sliced in zip(
         together, score_continuations(llama, PREFIX, CONTINUATIONS, layers=LAYERS, alphas=ALPHAS), strict=True
     ):

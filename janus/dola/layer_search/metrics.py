@@ -19,9 +19,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dola_runtime import compute_logprobs_from_hidden, contrast_with_apc_from_logprobs, guide_logits, probs_from_scores
 from generation_inference import Decoding, chat_roles, format_image_prompt, pack_prompts, trace_step
-from janus.utils.batch import read_text
-from janus.utils.dola_logits_processor import find_decoder_parts
-from janus.utils.dola_scoring import (
+from janus.dola.decoder_parts import find_decoder_parts
+from janus.dola.files import load_image, read_text
+from janus.dola.rerank import build_text_bank, own_tau, pooled_features, tower_depth
+from janus.dola.scoring import (
     ContinuationScores,
     TeacherForced,
     TokenScores,
@@ -29,7 +30,6 @@ from janus.utils.dola_scoring import (
     score_states,
     teacher_force_batch,
 )
-from janus.utils.rerank_with_dola import build_text_bank, load_image, own_tau, pooled_features, tower_depth
 
 Example = dict[str, Any]
 """A line of the input: the fields of its task, image paths resolved, and `domain` where there are domains."""

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from janus.utils.batch import read_json_file, write_whole
+from janus.dola.files import read_json_file, write_whole
 
 
 @dataclass(frozen=True)

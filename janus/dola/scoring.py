@@ -16,7 +16,7 @@ from dola_runtime import (
     jsd_from_logprobs,
     sanitize_candidate_layers,
 )
-from janus.utils.dola_logits_processor import find_decoder_parts
+from janus.dola.decoder_parts import find_decoder_parts
 
 SLICE_ELEMENTS = 2**25
 """Bound on layers x places x vocab that are read at a time: 128 MiB of float32, and a few times that in passing."""

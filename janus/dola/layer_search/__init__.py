@@ -1,0 +1,1 @@
+"""Choosing the contrast layer, offline: `python -m janus.dola.layer_search`."""

@@ -1,0 +1,262 @@
+"""DoLa on a SigLIP tower: candidate texts of an image, ranked by contrasting the last layer with an earlier one.
+
+`python -m janus.dola.rerank --images a.png --candidates "a red circle" "a blue star"` prints the ranking.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize as l2_normalize
+from transformers import AutoConfig, AutoTokenizer, SiglipModel
+
+from dola_runtime import (
+    compute_logprobs_from_hidden,
+    contrast_with_apc_from_logprobs,
+    pick_static_layer_index,
+    probs_from_scores,
+    sanitize_candidate_layers,
+    select_layer_by_jsd,
+)
+from janus.dola.cli import CommandParser, add_model_arguments, parse_layers, run_command
+from janus.dola.files import load_image, write_whole
+from janus.dola.switches import DoLaSwitches
+
+IMAGES_PER_BATCH, TEXTS_PER_BATCH = 32, 256
+
+# --- features and texts ----------------------------------------------------------------------------------------------
+
+
+def tower_depth(vit) -> int:
+    """How many layers a Janus tower, a timm VisionTransformer, a SiglipVisionModel or a SiglipModel has."""
+    blocks = getattr(vit, "blocks", None)
+    return getattr(vit, "vision_model", vit).config.num_hidden_layers if blocks is None else len(blocks)
+
+
+@torch.no_grad()
+def pooled_features(vit, images: Tensor, layers: Iterable[int]) -> Tensor:
+    """Features of pixel values `[batch, 3, H, W]` at the given layers: `[layers, batch, width]`, in one forward pass.
+
+    Layers count from 1; each is read on the last one's path, final norm and then pooling head. Raises ValueError for
+    a layer outside the tower, and for a tower without a pooling head.
+    """
+    layers, depth = list(layers), tower_depth(vit)
+    if outside := [layer for layer in layers if not 1 <= layer <= depth]:
+        raise ValueError(f"the tower's layers are 1..{depth}, got {outside}")
+    # timm answers in the order of the blocks, and pairs an output with its prefix tokens only where there are any
+    wanted = sorted(set(layers))
+    if hasattr(vit, "get_intermediate_layers"):
+        indices = [layer - 1 for layer in wanted]
+        outputs = vit.get_intermediate_layers(images, n=indices, return_prefix_tokens=True, norm=True)
+        normed = [out if isinstance(out, Tensor) else torch.cat([out[1], out[0]], dim=1) for out in outputs]
+        pooled = [vit.forward_head(h, pre_logits=True) for h in normed]
+    else:
+        tower = getattr(vit, "vision_model", vit)
+        if not hasattr(tower, "head"):
+            raise ValueError(f"this {type(vit).__name__} has no pooling head (vision_use_head is false)")
+        states = tower(images, output_hidden_states=True).hidden_states
+        pooled = [tower.head(tower.post_layernorm(states[layer])) for layer in wanted]
+    return torch.stack([pooled[wanted.index(layer)] for layer in layers])
+
+
+def load_text_encoder(path_or_hub_id: str | os.PathLike) -> tuple[Any, Any]:
+    """A SiglipModel in float32 on the CPU, and its tokenizer. Raises ValueError, one line, for anything else."""
+    try:
+        model_type = AutoConfig.from_pretrained(path_or_hub_id).model_type
+        if model_type != "siglip":
+            raise ValueError(f"expected model_type siglip, found {model_type}")
+        loaded: Any = SiglipModel.from_pretrained(path_or_hub_id, dtype=torch.float32, output_loading_info=True)
+        model, loading = loaded
+        if loading["missing_keys"]:
+            raise ValueError(f"weights are missing: {', '.join(sorted(loading['missing_keys'])[:3])}, ...")
+        return model, AutoTokenizer.from_pretrained(path_or_hub_id)
+    except (OSError, ValueError, ImportError) as error:
+        cause = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path_or_hub_id}: not a SigLIP model that transformers can load ({cause})") from None
+
+
+def find_text_encoder(model: str, text_encoder: str | None) -> tuple[Any, Any]:
+    """The text encoder named, or the one that lies in the checkpoint as `siglip/`. Raises ValueError without either."""
+    if text_encoder is None and not (Path(model) / "siglip").is_dir():
+        raise ValueError(f"{model} has no siglip/ text encoder: name one with --text_encoder")
+    return load_text_encoder(text_encoder or Path(model) / "siglip")
+
+
+def own_tau(siglip) -> float:
+    """The temperature a SigLIP was trained with, `exp(-logit_scale)`."""
+    return siglip.logit_scale.neg().exp().item()
+
+
+@torch.no_grad()
+def build_text_bank(siglip, tokenizer, texts: Sequence[str]) -> Tensor:
+    """Embeddings `[texts, width]` by a SiglipModel, which reads texts padded to its full length, and unmasked.
+
+    Raises ValueError for no texts, and for a text without a token.
+    """
+    if not texts:
+        raise ValueError("no candidates given")
+    for text in texts:
+        if not tokenizer.encode(text.strip(), add_special_tokens=False):
+            raise ValueError(f"candidate {text!r} has no token")
+    length = siglip.config.text_config.max_position_embeddings
+    batch = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    chunks = batch["input_ids"].to(siglip.device).split(TEXTS_PER_BATCH)
+    return torch.cat([siglip.text_model(ids).pooler_output for ids in chunks])
+
+
+# --- from features to p_hat ------------------------------------------------------------------------------------------
+
+
+def _candidate_logprobs(z: Tensor, text_bank: Tensor, tau: float, normalize: bool) -> Tensor:
+    if not 0.0 < tau < float("inf"):
+        raise ValueError(f"tau must be positive and finite, got {tau}")
+    if not len(text_bank):
+        raise ValueError("text_bank holds no candidates")
+    if z.shape[-1] != text_bank.shape[-1]:
+        raise ValueError(f"text_bank has width {text_bank.shape[-1]}, the image features have width {z.shape[-1]}")
+    z, t = z.float(), text_bank.to(z.device).float()
+    if normalize:
+        z, t = l2_normalize(z, dim=-1), l2_normalize(t, dim=-1)
+    return compute_logprobs_from_hidden(z, None, lambda z: z @ t.T / tau)
+
+
+def build_probs_from_rep(z: Tensor, text_bank: Tensor, tau: float = 1.0, normalize: bool = True) -> Tensor:
+    """`q(c) = softmax(<z, t_c> / tau)`: features `[..., width]` and texts `[C, width]` to `[..., C]`, float32.
+
+    z and text_bank are L2-normalised unless `normalize=False`. `tau = exp(-logit_scale)` is the temperature that a
+    SigLIP was trained with; its logit_bias adds the same to every candidate and drops out. Raises ValueError for a tau
+    that is not positive, no candidates, and widths that differ.
+    """
+    return _candidate_logprobs(z, text_bank, tau, normalize).exp()
+
+
+def rerank_with_dola_static_siglip(
+    vit,
+    images: Tensor,
+    text_bank: Tensor,
+    layer: int,
+    alpha: float = 0.1,
+    tau: float = 1.0,
+    normalize: bool = True,
+) -> Tensor:
+    """p_hat `[batch, C]` of pixel values `[batch, 3, H, W]` over texts `[C, width]`, against a fixed earlier layer.
+
+    `layer` is in 1..N; N is the bypass, q_N itself. `vit` is a Janus tower, a timm VisionTransformer, or transformers'
+    SiglipModel or SiglipVisionModel. Raises ValueError for a layer outside the tower, an alpha outside [0, 1], and as
+    `build_probs_from_rep`. Source: plan 6, section 1.1.
+    """
+    depth = tower_depth(vit)
+    log_q = _candidate_logprobs(pooled_features(vit, images, [layer, depth]), text_bank, tau, normalize)
+    scores = log_q[1] if layer == depth else contrast_with_apc_from_logprobs(log_q[1], log_q[0], alpha)
+    return probs_from_scores(scores)
+
+
+def rerank_with_dola_siglip(
+    vit,
+    images: Tensor,
+    text_bank: Tensor,
+    alpha: float = 0.1,
+    tau: float = 1.0,
+    candidate_layers: Sequence[int] = (18, 20, 22),
+    normalize: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Early exit: p_hat `[batch, C]`, and the layer (counted from 1) each image was contrasted with, `[batch]` int64.
+
+    Per image it is the candidate layer whose q differs most from q_N. Candidates outside 1..N-1 are dropped; raises
+    ValueError where none is left, and as `rerank_with_dola_static_siglip`.
+    """
+    depth = tower_depth(vit)
+    layers = sanitize_candidate_layers(candidate_layers, depth)
+    log_q = _candidate_logprobs(pooled_features(vit, images, [*layers, depth]), text_bank, tau, normalize)
+    log_qj, log_qN = log_q[:-1], log_q[-1]
+    choice = select_layer_by_jsd(log_qN, log_qj)
+    log_qj = log_qj[choice, torch.arange(len(choice), device=choice.device)]
+    p_hat = probs_from_scores(contrast_with_apc_from_logprobs(log_qN, log_qj, alpha))
+    return p_hat, torch.tensor(layers, device=choice.device)[choice]
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def vision_layer(vit, switches: DoLaSwitches) -> int:
+    """The layer `rerank_with_dola_static_siglip` takes: fixed_layer_vit, else 0.8 of the depth; off, the bypass."""
+    depth = tower_depth(vit)
+    if not switches.use_dola_siglip_static:
+        return depth
+    return switches.fixed_layer_vit or pick_static_layer_index(depth)
+
+
+def build_parser() -> CommandParser:
+    parser = CommandParser(
+        prog="python -m janus.dola.rerank",
+        description="Rank candidate texts on images with Janus's SigLIP tower, with DoLa unless --no_dola.",
+        fromfile_prefix_chars="@",
+    )
+    add = parser.add_argument_group("input and output").add_argument
+    add("--images", nargs="+", required=True, metavar="FILE", help="image files")
+    add("--candidates", nargs="+", required=True, metavar="TEXT", help="texts to rank, or @FILE with one per line")
+    add("--text_encoder", help="SiglipModel that embeds the texts: directory or hub id (default: siglip/ in --model)")
+    add("--json", type=Path, metavar="FILE", help="write the ranking there too (default: terminal only)")
+    add_model_arguments(parser)
+    dola = parser.add_argument_group("DoLa")
+    add = dola.add_mutually_exclusive_group().add_argument
+    add("--layer", type=int, help="fixed contrast layer, 1..N; N is no contrast (default: 0.8 of the depth)")
+    add("--candidate_layers", type=parse_layers, help="early exit among these, as 18,20,22 (default: fixed layer)")
+    add("--no_dola", action="store_true", help="rank by the last layer alone (default: DoLa)")
+    dola.add_argument("--alpha", type=float, help="plausibility threshold, 0..1 (default: 0.1)")
+    dola.add_argument("--tau", type=float, help="temperature, above 0 (default: the text encoder's exp(-logit_scale))")
+    dola.add_argument("--config", metavar="FILE", help="switches as JSON; what is given here goes before them")
+    dola.add_argument("--domain", help="a domain of --config (default: its own switches)")
+    return parser
+
+
+def main() -> None:
+    from janus.dola.loading import load_pretrained_model  # here, so that the rest runs beside the original code too
+
+    parser = build_parser()
+    args = parser.parse_args()
+    if args.domain is not None and args.config is None:
+        parser.error("--domain needs --config")
+    on = False if args.no_dola else True if args.layer else None
+    given = {"fixed_layer_vit": args.layer, "alpha_V": args.alpha, "use_dola_siglip_static": on}
+    switches = DoLaSwitches.from_json(args.config, args.domain) if args.config else DoLaSwitches()
+    switches = replace(switches, **{name: value for name, value in given.items() if value is not None})
+    pictures = [load_image(path) for path in args.images]
+    _, processor, model = load_pretrained_model(args.model, args.dtype, args.device)
+    siglip, tokenizer = find_text_encoder(args.model, args.text_encoder)
+    tau = own_tau(siglip) if args.tau is None else args.tau
+    bank = build_text_bank(siglip, tokenizer, args.candidates)
+
+    tower, ranked = model.vision_model.vision_tower, []
+    weight = next(tower.parameters())
+    for start in range(0, len(pictures), IMAGES_PER_BATCH):
+        images = processor.image_processor(pictures[start : start + IMAGES_PER_BATCH]).to(weight.device, weight.dtype)
+        if args.candidate_layers is None:
+            layer = vision_layer(tower, switches)
+            p_hat = rerank_with_dola_static_siglip(tower, images, bank, layer, switches.alpha_V, tau)
+            layers = [layer] * len(images)
+        else:
+            p_hat, chosen = rerank_with_dola_siglip(tower, images, bank, switches.alpha_V, tau, args.candidate_layers)
+            layers = chosen.tolist()
+        for path, row, layer in zip(args.images[start:], p_hat.tolist(), layers, strict=False):
+            ranking = sorted(zip(row, args.candidates, strict=True), key=lambda pair: -pair[0])
+            ranked.append(
+                {"image": path, "layer": layer, "ranking": [{"candidate": c, "p_hat": p} for p, c in ranking]}
+            )
+
+    for entry in ranked:
+        print(f"{entry['image']}  (layer {entry['layer']} of {tower_depth(tower)}, tau {tau:.4g})")
+        for rank, row in enumerate(entry["ranking"], start=1):
+            print(f"{rank:4}  {row['p_hat']:.4f}  {row['candidate']}")
+    if args.json:
+        text = json.dumps(ranked, indent=1, ensure_ascii=False) + "\n"
+        write_whole(args.json, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    run_command(main)
