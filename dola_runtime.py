@@ -6,13 +6,52 @@ N the output of the last block. Everything is computed in float32, in the log do
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
+DEFAULT_ALPHA = 0.1
+DEFAULT_LAYER_RATIO = 0.8
+
 LN2 = math.log(2.0)
 LOG_ZERO = -1e4
 """Stands for log 0 of a contrast layer, so that a token only the last layer allows gets a large, finite score."""
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def check_number(name: str, value: float, low: float, high: float) -> None:
+    """Raises ValueError for anything but a number in [low, high]; True and False are no numbers here."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value!r}")
+
+
+def check_alpha(alpha: float, name: str = "alpha") -> None:
+    check_number(name, alpha, 0.0, 1.0)
+
+
+def check_gamma(gamma: float) -> None:
+    check_number("gamma", gamma, -100.0, 100.0)
+
+
+def check_temperature(temperature: float) -> None:
+    """Within these bounds, and those of `check_cfg_weight`, guided logits stay far from float32's ends."""
+    check_number("temperature", temperature, 1e-6, 1e6)
+
+
+def check_cfg_weight(cfg_weight: float) -> None:
+    check_number("cfg_weight", cfg_weight, 0.0, 1e6)
+
+
+def check_layer(layer: int, num_layers: int) -> None:
+    """Raises ValueError for anything but a whole number in 1..num_layers; num_layers is the bypass."""
+    if isinstance(layer, bool) or not isinstance(layer, Integral) or not 1 <= layer <= num_layers:
+        raise ValueError(f"layer must be in 1..{num_layers} (the model has {num_layers} layers), got {layer!r}")
+
+
+# --- readout and contrast --------------------------------------------------------------------------------------------
 
 
 def compute_logprobs_from_hidden(h: Tensor, ln_out: Callable[[Tensor], Tensor] | None, phi: Callable) -> Tensor:
@@ -30,26 +69,52 @@ def apc_mask(log_qN: Tensor, alpha: float) -> Tensor:
     The argmax is always kept; `alpha=0` keeps every token of non-zero probability. Raises ValueError for an alpha
     outside [0, 1].
     """
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+    check_alpha(alpha)
     log_alpha = math.log(alpha) if alpha > 0 else -math.inf
     return (log_qN >= log_alpha + log_qN.amax(-1, keepdim=True)) & (log_qN > -math.inf)
 
 
-def contrast_with_apc_from_logprobs(log_qN: Tensor, log_qj: Tensor, alpha: float = 0.1) -> Tensor:
-    """DoLa scores `F = log q_N - log q_j` on the plausible tokens, -inf elsewhere (paper, eq. 3); `[..., vocab]`.
+def contrast_with_apc_from_logprobs(
+    log_qN: Tensor, log_qj: Tensor, alpha: float = DEFAULT_ALPHA, gamma: float = 1.0
+) -> Tensor:
+    """DoLa scores `F = log q_N - gamma * log q_j` on the plausible tokens, -inf elsewhere; all `[..., vocab]`.
 
-    `probs_from_scores(F, temperature)` turns them into p_hat. Raises ValueError for an alpha outside [0, 1].
+    Source: paper, eq. 3, with a weight: gamma 1 is DoLa, 0 leaves the mask alone, below 0 adds the earlier layer. F is
+    not normalised: `probs_from_scores(F, temperature)` makes p_hat of it. Raises ValueError for an alpha or gamma out
+    of range.
     """
+    check_gamma(gamma)
     log_qN, log_qj = log_qN.float(), log_qj.float()
-    ratio = log_qN - log_qj.masked_fill(log_qj == -math.inf, LOG_ZERO)
+    ratio = log_qN - gamma * log_qj.masked_fill(log_qj == -math.inf, LOG_ZERO)
     return ratio.masked_fill(~apc_mask(log_qN, alpha), -math.inf)
 
 
-def contrast_with_apc_from_logits(final_logits: Tensor, mid_logits: Tensor, alpha: float = 0.1) -> Tensor:
+def contrast_layers(
+    log_qN: Tensor, log_qj: Tensor, alpha: float = DEFAULT_ALPHA, gamma: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Contrast the last layer `[rows, vocab]` with those of `log_qj` `[layers, rows, vocab]`: one is DoLa-static.
+
+    Several are early exit's candidates: each row takes the one that differs most from the last layer. None leaves
+    the mask alone, whatever gamma. Returns the scores F, the log q_j that each row was contrasted with (log q_N where
+    none was), both `[rows, vocab]`, and early exit's choice, indices `[rows]` into the layers, else None.
+    """
+    choice = None
+    if len(log_qj) == 0:
+        chosen, gamma = log_qN, 0.0
+    elif len(log_qj) == 1:
+        chosen = log_qj[0]
+    else:
+        choice = select_layer_by_jsd(log_qN, log_qj)
+        chosen = log_qj.take_along_dim(choice[None, :, None], dim=0)[0]
+    return contrast_with_apc_from_logprobs(log_qN, chosen, alpha, gamma), chosen, choice
+
+
+def contrast_with_apc_from_logits(
+    final_logits: Tensor, mid_logits: Tensor, alpha: float = DEFAULT_ALPHA, gamma: float = 1.0
+) -> Tensor:
     """`contrast_with_apc_from_logprobs` of the log-softmax of two logits `[..., vocab]`."""
     log_qN, log_qj = (torch.log_softmax(logits.float(), dim=-1) for logits in (final_logits, mid_logits))
-    return contrast_with_apc_from_logprobs(log_qN, log_qj, alpha)
+    return contrast_with_apc_from_logprobs(log_qN, log_qj, alpha, gamma)
 
 
 def dola_static_from_hidden(
@@ -57,7 +122,8 @@ def dola_static_from_hidden(
     ln_out: Callable[[Tensor], Tensor] | None,
     phi: Callable,
     layer: int,
-    alpha: float = 0.1,
+    alpha: float = DEFAULT_ALPHA,
+    gamma: float = 1.0,
 ) -> Tensor:
     """DoLa scores `[batch, vocab]` at the last position of transformers' `hidden_states` (N+1 of `[batch, T, width]`).
 
@@ -65,15 +131,17 @@ def dola_static_from_hidden(
     Raises ValueError for a layer outside 1..N.
     """
     num_layers = len(hidden_states) - 1
-    if not 1 <= layer <= num_layers:
-        raise ValueError(f"layer must be in 1..{num_layers}, got {layer}")
+    check_layer(layer, num_layers)
     h_N = hidden_states[-1][:, -1]
     if layer == num_layers:
         return compute_logprobs_from_hidden(h_N, None, phi)
     h_j = hidden_states[layer][:, -1]
     h = torch.stack([h_N, h_j if ln_out is None else ln_out(h_j)])
     log_qN, log_qj = compute_logprobs_from_hidden(h, None, phi)
-    return contrast_with_apc_from_logprobs(log_qN, log_qj, alpha)
+    return contrast_with_apc_from_logprobs(log_qN, log_qj, alpha, gamma)
+
+
+# --- guidance and sampling -------------------------------------------------------------------------------------------
 
 
 def guide_logits(logits: Tensor, cfg_weight: float) -> Tensor:
@@ -101,10 +169,12 @@ def probs_from_scores(scores: Tensor, temperature: float = 1.0) -> Tensor:
     return torch.softmax((scores - scores.amax(-1, keepdim=True)) / temperature, dim=-1)
 
 
-def pick_static_layer_index(num_layers: int, ratio: float = 0.8) -> int:
+# --- layers ----------------------------------------------------------------------------------------------------------
+
+
+def pick_static_layer_index(num_layers: int, ratio: float = DEFAULT_LAYER_RATIO) -> int:
     """The layer at `ratio` of the depth, within 1..num_layers-1. Raises ValueError for a ratio outside [0, 1]."""
-    if not 0.0 <= ratio <= 1.0:
-        raise ValueError(f"layer_ratio must be in [0, 1], got {ratio}")
+    check_number("layer_ratio", ratio, 0.0, 1.0)
     if num_layers < 2:
         raise ValueError(f"a contrast layer needs a model of at least 2 layers, got {num_layers}")
     return min(max(round(ratio * num_layers), 1), num_layers - 1)
@@ -117,6 +187,27 @@ def sanitize_candidate_layers(candidate_layers: Iterable[int], num_layers: int) 
     if not kept:
         raise ValueError(f"candidate_layers {given} hold no layer in 1..{num_layers - 1}")
     return kept
+
+
+def pick_contrast_layers(
+    num_layers: int,
+    layer: int | None = None,
+    layer_ratio: float = DEFAULT_LAYER_RATIO,
+    candidate_layers: Iterable[int] | None = None,
+) -> tuple[int, ...]:
+    """The layers to contrast with: early exit's candidates, else the fixed layer, given or by ratio.
+
+    `layer=num_layers` is the bypass, and gives none. Raises ValueError for a layer or ratio out of range, for
+    candidates of which none is a layer, and for a layer beside candidates.
+    """
+    if candidate_layers is not None:
+        if layer is not None:
+            raise ValueError(f"give layer or candidate_layers, not both: got {layer} and {list(candidate_layers)}")
+        return tuple(sanitize_candidate_layers(candidate_layers, num_layers))
+    if layer is None:
+        layer = pick_static_layer_index(num_layers, layer_ratio)
+    check_layer(layer, num_layers)
+    return () if layer == num_layers else (layer,)
 
 
 def jsd_from_logprobs(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -135,3 +226,27 @@ def select_layer_by_jsd(log_qN: Tensor, log_qj: Tensor) -> Tensor:
     `log_qN` is `[batch, vocab]`, `log_qj` `[candidates, batch, vocab]`; returns indices into the candidates, `[batch]`.
     """
     return jsd_from_logprobs(log_qN, log_qj).argmax(dim=0)
+
+
+# --- diagnosis -------------------------------------------------------------------------------------------------------
+
+
+def trace_step(log_qN: Tensor, log_qj: Tensor, p_hat: Tensor, top_k: int = 5) -> dict[str, Any]:
+    """One step for diagnosis, a list over the rows for each key; all three are `[rows, vocab]`.
+
+    `q_N`, `q_j`, `p_hat`: the top-k as (token, probability); `argmax_changed`: whether p_hat's argmax is another than
+    q_N's; `jsd`: the divergence of p_hat from q_N in nats. log_qN and log_qj may be off by a constant per row.
+    """
+
+    def top(p: Tensor) -> list[list[tuple[int, float]]]:
+        values, tokens = p.topk(min(top_k, p.shape[-1]))
+        return [list(zip(t, v, strict=True)) for t, v in zip(tokens.tolist(), values.tolist(), strict=True)]
+
+    log_qN, log_qj = (torch.log_softmax(log_q.float(), dim=-1) for log_q in (log_qN, log_qj))
+    return {
+        "q_N": top(log_qN.exp()),
+        "q_j": top(log_qj.exp()),
+        "p_hat": top(p_hat),
+        "argmax_changed": (p_hat.argmax(-1) != log_qN.argmax(-1)).tolist(),
+        "jsd": jsd_from_logprobs(log_qN, p_hat.log()).tolist(),
+    }

@@ -3,10 +3,11 @@
 Everything here works on any object with the attribute names of a Janus model, the original code's included.
 """
 
+import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
@@ -14,18 +15,24 @@ from PIL import Image
 from torch import Tensor
 
 from dola_runtime import (
-    apc_mask,
-    contrast_with_apc_from_logprobs,
+    DEFAULT_ALPHA,
+    DEFAULT_LAYER_RATIO,
+    check_alpha,
+    check_cfg_weight,
+    check_gamma,
+    check_temperature,
+    contrast_layers,
     guide_logits,
     guide_scores,
-    pick_static_layer_index,
+    pick_contrast_layers,
     probs_from_scores,
-    sanitize_candidate_layers,
-    select_layer_by_jsd,
+    trace_step,
 )
 
 DECODED_TOGETHER = 16
 """Images that the VQ decoder turns to pixels at a time: its full-size feature maps are what takes memory there."""
+
+# --- prompts and pictures --------------------------------------------------------------------------------------------
 
 
 def chat_roles(tokenizer) -> tuple[str, str]:
@@ -35,15 +42,40 @@ def chat_roles(tokenizer) -> tuple[str, str]:
     return "User", "Assistant"
 
 
+def render_chat(vl_chat_processor, turns: Sequence[str], system_prompt: str = "") -> str:
+    """The chat string of `turns`, the user's first and then by turns; an odd number asks for the assistant's next."""
+    roles = chat_roles(vl_chat_processor.tokenizer)
+    turns = [*turns, ""] if len(turns) % 2 else turns
+    return vl_chat_processor.apply_sft_template_for_multi_turn_prompts(
+        conversations=[{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)],
+        sft_format=vl_chat_processor.sft_format,
+        system_prompt=system_prompt,
+    )
+
+
 def format_image_prompt(vl_chat_processor, text: str) -> str:
     """The text as the chat string that asks for an image, ending in `<begin_of_image>`."""
-    user, assistant = chat_roles(vl_chat_processor.tokenizer)
-    rendered = vl_chat_processor.apply_sft_template_for_multi_turn_prompts(
-        conversations=[{"role": user, "content": text}, {"role": assistant, "content": ""}],
-        sft_format=vl_chat_processor.sft_format,
-        system_prompt="",
-    )
-    return rendered + vl_chat_processor.image_start_tag
+    return render_chat(vl_chat_processor, [text]) + vl_chat_processor.image_start_tag
+
+
+def pack_prompts(
+    vl_chat_processor, prompts: Sequence[str], device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor | None]:
+    """Rendered prompts to ids `[2 * prompts, T]`, each followed by its unconditional twin, left-padded.
+
+    The twin has the pad id for every id but the first and the last. The mask of real tokens is None where no row
+    needed padding: then, as in the reference loop, nothing is masked.
+    """
+    encoded = [vl_chat_processor.tokenizer.encode(prompt) for prompt in prompts]
+    length, pad = max(map(len, encoded)), vl_chat_processor.pad_id
+    ids = torch.full((2 * len(prompts), length), pad)
+    valid = torch.zeros(ids.shape, dtype=torch.bool)
+    for i, row in enumerate(encoded):
+        start = length - len(row)
+        ids[2 * i, start:] = torch.tensor(row)
+        ids[2 * i + 1, start], ids[2 * i + 1, -1] = row[0], row[-1]
+        valid[2 * i : 2 * i + 2, start:] = True
+    return ids.to(device), None if valid.all() else valid.to(device)
 
 
 def image_geometry(mmgpt, vl_chat_processor) -> tuple[int, int]:
@@ -51,21 +83,30 @@ def image_geometry(mmgpt, vl_chat_processor) -> tuple[int, int]:
     return vl_chat_processor.image_processor.image_size, 2 ** (mmgpt.gen_vision_model.decoder.num_resolutions - 1)
 
 
-def own_guidance(mmgpt) -> float:
+def num_image_tokens(mmgpt, vl_chat_processor) -> int:
+    """How many codes a generated image has."""
+    size, patch = image_geometry(mmgpt, vl_chat_processor)
+    return (size // patch) ** 2
+
+
+def default_guidance(mmgpt) -> float:
     """The checkpoint's own guidance: `guidance_scale` of its generation_config.json, 5 where it carries none."""
     return getattr(getattr(mmgpt, "generation_config", None), "guidance_scale", None) or 5.0
 
 
 @torch.inference_mode()
-def tokens_to_images(mmgpt, tokens: Tensor, img_size: int, patch_size: int) -> list[Image.Image]:
-    """VQ codes `[n, T]` to n RGB images of side `img_size`."""
-    side, images = img_size // patch_size, []
+def tokens_to_images(mmgpt, tokens: Tensor) -> list[Image.Image]:
+    """VQ codes `[n, side * side]` to n square RGB images."""
+    side, images = math.isqrt(tokens.shape[1]), []
     for part in tokens.split(DECODED_TOGETHER):
         shape = [len(part), mmgpt.gen_embed.weight.shape[1], side, side]
         decoded = mmgpt.gen_vision_model.decode_code(part.to(torch.int), shape=shape)
         pixels = decoded.to(torch.float32).cpu().numpy().transpose(0, 2, 3, 1)
         images += [Image.fromarray(image) for image in np.clip((pixels + 1) / 2 * 255, 0, 255).astype(np.uint8)]
     return images
+
+
+# --- the reference loop ----------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -114,109 +155,72 @@ def generate(
         inputs_embeds = mmgpt.prepare_gen_img_embeds(next_token).unsqueeze(dim=1)
 
     os.makedirs("generated_samples", exist_ok=True)
-    for i, image in enumerate(tokens_to_images(mmgpt, generated_tokens, img_size, patch_size)):
+    for i, image in enumerate(tokens_to_images(mmgpt, generated_tokens)):
         image.save(os.path.join("generated_samples", f"img_{i}.jpg"))
     return generated_tokens
+
+
+# --- how a token is chosen -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Decoding:
     """How a token is chosen from the hidden states. Raises ValueError for a value outside its range.
 
-    layers: contrast layers, counted as `hidden_states` counts them; one is DoLa-static, several are early exit's
-        candidates, none samples from the last layer itself.
+    layers: contrast layers as `hidden_states` counts them; one is DoLa-static, several are early exit's candidates,
+        none is the baseline, which samples from the last layer itself.
+    gamma: the contrast's weight; 1 is DoLa, 0 leaves the APC mask alone, with layers or without.
+    norm: read the contrast layers through LN_out.
     cfg_order: "guide_first" contrasts the guided layers, "contrast_first" guides the contrasted branches.
-    contrast: False keeps the APC mask but samples from q_N on it.
     """
 
     layers: tuple[int, ...] = ()
-    alpha: float = 0.1
+    alpha: float = DEFAULT_ALPHA
+    gamma: float = 1.0
+    norm: bool = True
     temperature: float = 1.0
     cfg_weight: float = 5.0
     cfg_order: str = "guide_first"
-    contrast: bool = True
 
     def __post_init__(self):
-        if not 0.0 <= self.alpha <= 1.0:
-            raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
-        if not 0.0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
-        if not 0.0 <= self.cfg_weight < float("inf"):
-            raise ValueError(f"cfg_weight must be at least 0 and finite, got {self.cfg_weight}")
+        check_alpha(self.alpha)
+        check_gamma(self.gamma)
+        check_temperature(self.temperature)
+        check_cfg_weight(self.cfg_weight)
         if self.cfg_order not in ("guide_first", "contrast_first"):
             raise ValueError(f"cfg_order must be 'guide_first' or 'contrast_first', got {self.cfg_order!r}")
 
+    @property
+    def baseline(self) -> "Decoding":
+        """The same sampling with neither contrast nor mask."""
+        return replace(self, layers=(), gamma=1.0)
 
-def static_layers(mmgpt, layer: int | None = None, layer_ratio: float = 0.8) -> tuple[int, ...]:
-    """The fixed contrast layer, given or by ratio; `layer=N` is the bypass, and gives none.
 
-    Raises ValueError for a layer outside 1..N.
+class Choice(NamedTuple):
+    """What a step draws from, and what it came from: `probs` (p_hat), `log_qN`, `log_qj`, each `[rows, vocab]`.
+
+    log_qN and log_qj may be off by a constant per row; where nothing is contrasted they are the same. `candidate` is
+    early exit's choice among the layers, `[rows]`, else None. With "contrast_first" all but probs have both branches'
+    rows, conditional and unconditional ones alternating.
     """
-    num_layers = len(mmgpt.language_model.model.layers)
-    if layer is None:
-        layer = pick_static_layer_index(num_layers, layer_ratio)
-    if not 1 <= layer <= num_layers:
-        raise ValueError(f"layer must be in 1..{num_layers} (the model has {num_layers} layers), got {layer}")
-    return () if layer == num_layers else (layer,)
+
+    probs: Tensor
+    log_qN: Tensor
+    log_qj: Tensor
+    candidate: Tensor | None
 
 
-# --- one step, as functions of tensors -------------------------------------------------------------------------------
-
-
-def next_token_probs(logits: Tensor, decoding: Decoding, trace: list[dict[str, Any]] | None = None) -> Tensor:
-    """Head logits `[1 + layers, 2 * rows, vocab]` to p_hat `[rows, vocab]`.
-
-    The last layer comes first; conditional and unconditional rows alternate.
-    """
-    if not decoding.layers and decoding.contrast:
+def choose_token(logits: Tensor, decoding: Decoding) -> Choice:
+    """Head logits `[1 + layers, 2 * images, vocab]`, the last layer's first, branches alternating, to p_hat."""
+    if not decoding.layers and decoding.gamma != 0:
         guided = guide_logits(logits[0], decoding.cfg_weight)
-        probs = torch.softmax(guided / decoding.temperature, dim=-1)
-        if trace is not None:
-            log_qN = torch.log_softmax(guided, dim=-1)
-            trace.append(trace_step(log_qN, log_qN, probs, None, decoding))
-        return probs
+        return Choice(torch.softmax(guided / decoding.temperature, dim=-1), guided, guided, None)
     guide_first = decoding.cfg_order == "guide_first"
     log_q = torch.log_softmax(guide_logits(logits, decoding.cfg_weight) if guide_first else logits, dim=-1)
-    log_qN, choice = log_q[0], None
-    if not decoding.contrast:
-        log_qj, scores = log_qN, log_qN.masked_fill(~apc_mask(log_qN, decoding.alpha), -torch.inf)
-    else:
-        log_qj = log_q[1]
-        if len(decoding.layers) > 1:
-            choice = select_layer_by_jsd(log_qN, log_q[1:])
-            log_qj = log_q[1:].gather(0, choice[None, :, None].expand(1, *log_qN.shape))[0]
-        scores = contrast_with_apc_from_logprobs(log_qN, log_qj, decoding.alpha)
+    scores, log_qj, candidate = contrast_layers(log_q[0], log_q[1:], decoding.alpha, decoding.gamma)
     if not guide_first:
         scores = guide_scores(scores, decoding.cfg_weight)
-    probs = probs_from_scores(scores, decoding.temperature)
-    if trace is not None:
-        step = 1 if guide_first else 2  # without guidance before it, a step is traced on the conditional rows
-        trace.append(
-            trace_step(log_qN[::step], log_qj[::step], probs, None if choice is None else choice[::step], decoding)
-        )
-    return probs
-
-
-def trace_step(
-    log_qN: Tensor, log_qj: Tensor, probs: Tensor, choice: Tensor | None, decoding: Decoding, top_k: int = 5
-) -> dict[str, Any]:
-    """One step for diagnosis: top-k (token, probability) of q_N, q_j* and p_hat, DoLa's effect, the layer; per row."""
-
-    def top(p: Tensor) -> list[list[tuple[int, float]]]:
-        values, tokens = p.topk(min(top_k, p.shape[-1]))
-        return [list(zip(t, v, strict=True)) for t, v in zip(tokens.tolist(), values.tolist(), strict=True)]
-
-    if choice is None:
-        layer = [decoding.layers[0] if decoding.layers else None] * len(probs)
-    else:
-        layer = [decoding.layers[i] for i in choice.tolist()]
-    return {
-        "q_N": top(log_qN.exp()),
-        "q_j": top(log_qj.exp()),
-        "p_hat": top(probs),
-        "argmax_changed": (probs.argmax(-1) != log_qN.argmax(-1)).tolist(),
-        "layer": layer,
-    }
+    return Choice(probs_from_scores(scores, decoding.temperature), log_q[0], log_qj, candidate)
 
 
 def draw(probs: Tensor, noise: Tensor) -> Tensor:
@@ -224,23 +228,37 @@ def draw(probs: Tensor, noise: Tensor) -> Tensor:
     return (probs / noise).argmax(-1)
 
 
+def trace_choice(choice: Choice, layers: Sequence[int]) -> dict[str, Any]:
+    """`trace_step` of a step's images (of the conditional branch where guidance came last), with the layer of each."""
+    images, branches = len(choice.probs), len(choice.log_qN) // len(choice.probs)
+    if choice.candidate is None:
+        chosen = [layers[0] if layers else None] * images
+    else:
+        chosen = [layers[i] for i in choice.candidate[::branches].tolist()]
+    return trace_step(choice.log_qN[::branches], choice.log_qj[::branches], choice.probs) | {"layer": chosen}
+
+
 # --- the backbone: embeddings in, readable states of the wanted layers at the last position out -----------------------
 
 
 class EagerBackbone:
-    """The language model's own forward pass with its own cache: any object, any transformers."""
+    """The language model's own forward pass with its own cache: any object, any transformers.
 
-    def __init__(self, llama, layers: Sequence[int], **_):
-        self.llama, self.layers = llama, layers
+    layers: contrast layers to read, through LN_out unless `norm=False`. The other backbone also needs the rows that
+    are decoded together and the length of the longest sequence.
+    """
+
+    def __init__(self, llama, layers: Sequence[int], norm: bool, rows: int, length: int):
+        self.llama, self.layers, self.norm = llama, layers, norm
         self.past, self.valid = None, None
 
-    def prefill(self, embeds: Tensor, valid: Tensor | None, rows: Tensor, **_) -> Tensor:
-        """Read the prompts `[prompts, T, width]`, repeated as `rows` says; `valid` `[prompts, T]` marks real tokens."""
-        self.valid = None if valid is None else valid[rows]
-        return self(embeds[rows])
+    def prefill(self, embeds: Tensor, valid: Tensor | None, repeat: Tensor) -> Tensor:
+        """Read prompts `[prompts, T, width]` (`valid` `[prompts, T]` marks tokens), repeated by indices `repeat`."""
+        self.valid = None if valid is None else valid[repeat]
+        return self(embeds[repeat])
 
     def __call__(self, embeds: Tensor) -> Tensor:
-        """`[rows, T, width]` to `[1 + layers, rows, width]`, the last layer first, all of them normed."""
+        """`[rows, T, width]` to the last position's `[1 + layers, rows, width]`, the last layer, normed, first."""
         placed: dict[str, Tensor] = {}
         if self.valid is not None:
             if self.past is not None:
@@ -255,11 +273,17 @@ class EagerBackbone:
             **placed,
         )
         self.past = outputs.past_key_values
-        states = [self.llama.norm(outputs.hidden_states[layer][:, -1]) for layer in self.layers]
-        return torch.stack([outputs.last_hidden_state[:, -1], *states])
+        states = [outputs.hidden_states[layer][:, -1] for layer in self.layers]
+        return torch.stack(
+            [outputs.last_hidden_state[:, -1], *(self.llama.norm(h) if self.norm else h for h in states)]
+        )
+
+    def run(self, step: Callable[[], Any]) -> Any:
+        """Run one decoding step, which calls this backbone once."""
+        return step()
 
 
-def pick_backbone(llama) -> Callable[..., Any]:
+def pick_backbone(llama) -> type[Any]:
     """The static-cache backbone where this is transformers' own LLaMA with sdpa, else the eager one."""
     try:
         from janus.dola.static_backbone import StaticBackbone
@@ -280,99 +304,124 @@ def sample_image_tokens(
     *,
     parallel_size: int = 16,
     seeds: Sequence[int | None] | None = None,
-    rows: slice = slice(None),
-    num_tokens: int | None = None,
+    samples: slice = slice(None),
     trace: list[dict[str, Any]] | None = None,
     on_step: Callable[[], None] | None = None,
 ) -> Tensor:
-    """Image tokens `[prompts, rows, T]` int64 for rendered prompts, all in one batch.
+    """Image tokens `[prompts, samples, T]` int64 for rendered prompts, all in one batch.
 
-    Each prompt's noise is drawn from a generator of its own seed for all of its `parallel_size` rows, whatever else is
-    in the batch and whichever `rows` of them are asked for; a seed of None takes torch's global generator.
+    Each prompt's noise is drawn from a generator of its own seed for all of its `parallel_size` samples, whatever else
+    is in the batch and whichever `samples` of them are asked for; a seed of None takes torch's global generator.
     """
-    size, patch = image_geometry(mmgpt, vl_chat_processor)
-    num_tokens = num_tokens or (size // patch) ** 2
-    embed = mmgpt.language_model.get_input_embeddings()
-    device = embed.weight.device
-    generators = [
-        None if seed is None else torch.Generator(device).manual_seed(seed) for seed in seeds or [None] * len(prompts)
-    ]
-    ids, valid = pack_prompts(vl_chat_processor, prompts)
-    per_prompt = len(range(parallel_size)[rows])
-    total = per_prompt * len(prompts)
-    # prompt p is packed as rows 2p (cond) and 2p + 1 (uncond); every image repeats that pair
-    pair = torch.arange(2 * len(prompts)).view(-1, 1, 2).expand(-1, per_prompt, 2).reshape(-1)
-    backbone = pick_backbone(mmgpt.language_model.model)(
-        mmgpt.language_model.model, decoding.layers, rows=2 * total, length=ids.shape[1] + num_tokens
-    )
-
-    def read(states: Tensor) -> Tensor:
-        return next_token_probs(mmgpt.gen_head(states).float(), decoding, trace)
-
-    vocab = mmgpt.gen_embed.weight.shape[0]
-    noise = torch.empty((len(prompts), per_prompt, vocab), device=device)
-    token = torch.empty(total, dtype=torch.long, device=device)
-    drawn = torch.empty_like(token)
-    tokens = torch.empty((total, num_tokens), dtype=torch.long, device=device)
-
-    def step() -> None:
-        embeds = mmgpt.prepare_gen_img_embeds(token.repeat_interleave(2)).unsqueeze(1)
-        drawn.copy_(draw(read(backbone(embeds)), noise.view(total, vocab)))
+    llama, embed = mmgpt.language_model.model, mmgpt.language_model.get_input_embeddings()
+    device, num_tokens = embed.weight.device, num_image_tokens(mmgpt, vl_chat_processor)
+    generators = make_generators(seeds or [None] * len(prompts), device)
+    ids, valid = pack_prompts(vl_chat_processor, prompts, device)
+    per_prompt = len(range(parallel_size)[samples])
+    repeat = repeat_pairs(len(prompts), per_prompt).to(device)
+    noise = torch.empty((len(prompts), per_prompt, mmgpt.gen_embed.weight.shape[0]), device=device)
+    tokens = torch.empty((num_tokens, len(prompts) * per_prompt), dtype=torch.long, device=device)
+    token = tokens[0].clone()  # read and written in place, as a captured step needs it
+    backbone = pick_backbone(llama)(llama, decoding.layers, decoding.norm, len(repeat), ids.shape[1] + num_tokens)
 
     for i in range(num_tokens):
-        for row, generator in zip(noise, generators, strict=True):
-            row.copy_(torch.empty((parallel_size, vocab), device=device).exponential_(generator=generator)[rows])
+        fill_noise(noise, generators, parallel_size, samples)
         if i == 0:
-            states = backbone.prefill(
-                embed(ids.to(device)), None if valid is None else valid.to(device), pair.to(device)
-            )
-            drawn.copy_(draw(read(states), noise.view(total, vocab)))
-        elif trace is None and hasattr(backbone, "run"):
-            backbone.run(step)
+            drawn, choice = draw_token(mmgpt, backbone.prefill(embed(ids), valid, repeat), noise, decoding)
         else:
-            step()
-        token.copy_(drawn)
-        tokens[:, i] = drawn
+            drawn, choice = backbone.run(lambda: decode_one_token(mmgpt, backbone, token, noise, decoding))
+        tokens[i] = token.copy_(drawn)
+        if trace is not None:
+            trace.append(trace_choice(choice, decoding.layers))
         if on_step is not None:
             on_step()
-    return tokens.view(len(prompts), per_prompt, num_tokens)
+    return tokens.T.reshape(len(prompts), per_prompt, num_tokens)
 
 
-def pack_prompts(vl_chat_processor, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-    """Rendered prompts to ids `[2 * prompts, T]`, each followed by its unconditional twin, left-padded.
-
-    The twin has the pad id for every id but the first and the last. The mask of real tokens is None where no row
-    needed padding: then, as in the reference loop, nothing is masked.
-    """
-    encoded = [vl_chat_processor.tokenizer.encode(prompt) for prompt in prompts]
-    length, pad = max(map(len, encoded)), vl_chat_processor.pad_id
-    ids = torch.full((2 * len(prompts), length), pad)
-    valid = torch.zeros(ids.shape, dtype=torch.bool)
-    for i, row in enumerate(encoded):
-        start = length - len(row)
-        ids[2 * i, start:] = torch.tensor(row)
-        ids[2 * i + 1, start], ids[2 * i + 1, -1] = row[0], row[-1]
-        valid[2 * i : 2 * i + 2, start:] = True
-    return ids, None if valid.all() else valid
+def repeat_pairs(prompts: int, samples: int) -> Tensor:
+    """Which packed row each decoded one repeats, `[2 * prompts * samples]`; prompt p is packed in rows 2p, 2p + 1."""
+    return torch.arange(2 * prompts).view(prompts, 1, 2).expand(-1, samples, 2).reshape(-1)
 
 
-def _generate_one(
+def make_generators(seeds: Iterable[int | None], device: torch.device) -> list[torch.Generator | None]:
+    return [None if seed is None else torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+
+def fill_noise(noise: Tensor, generators: Sequence[torch.Generator | None], parallel_size: int, samples: slice) -> None:
+    """Exp(1) noise of one step into `[prompts, samples, vocab]`: of all of a prompt's samples, those asked for."""
+    whole = noise.new_empty((parallel_size, noise.shape[-1]))
+    for of_prompt, generator in zip(noise, generators, strict=True):
+        of_prompt.copy_(whole.exponential_(generator=generator)[samples])
+
+
+def draw_token(mmgpt, states: Tensor, noise: Tensor, decoding: Decoding) -> tuple[Tensor, Choice]:
+    """Read states `[1 + layers, 2 * images, width]` and draw each image's token, `[images]`."""
+    choice = choose_token(mmgpt.gen_head(states).float(), decoding)
+    return draw(choice.probs, noise.view(choice.probs.shape)), choice
+
+
+def decode_one_token(mmgpt, backbone, token: Tensor, noise: Tensor, decoding: Decoding) -> tuple[Tensor, Choice]:
+    """The tokens just drawn, `[images]`, through the backbone to the next ones; both branches read the same."""
+    embeds = mmgpt.prepare_gen_img_embeds(token.repeat_interleave(2)).unsqueeze(1)
+    return draw_token(mmgpt, backbone(embeds), noise, decoding)
+
+
+# --- one prompt ------------------------------------------------------------------------------------------------------
+
+
+def generate_decoded(
     mmgpt,
     vl_chat_processor,
     prompt: str,
     decoding: Decoding,
-    parallel_size: int,
-    seed: int | None,
-    return_tokens: bool,
-    trace: list[dict[str, Any]] | None,
-) -> Any:
-    tokens = sample_image_tokens(
+    *,
+    parallel_size: int = 16,
+    seed: int | None = None,
+    trace: list[dict[str, Any]] | None = None,
+) -> tuple[list[Image.Image], Tensor]:
+    """Images of one rendered prompt by any decoding, and their tokens `[parallel_size, T]` int64.
+
+    Decodings called with one seed share their noise. A list given as `trace` receives one dict per step
+    (`trace_choice`).
+    """
+    (tokens,) = sample_image_tokens(
         mmgpt, vl_chat_processor, [prompt], decoding, parallel_size=parallel_size, seeds=[seed], trace=trace
-    )[0]
-    images = tokens_to_images(mmgpt, tokens, *image_geometry(mmgpt, vl_chat_processor))
-    return (images, tokens) if return_tokens else images
+    )
+    return tokens_to_images(mmgpt, tokens), tokens
 
 
+class SamplingOptions(TypedDict, total=False):
+    """What both DoLa forms take beside their layers, for the type checker; defaults stand in the functions."""
+
+    alpha: float
+    gamma: float
+    norm: bool
+    cfg_order: str
+    use_dola: bool
+    temperature: float
+    parallel_size: int
+    cfg_weight: float | None
+    seed: int | None
+    trace: list[dict[str, Any]] | None
+
+
+class StaticOptions(SamplingOptions, total=False):
+    layer: int | None
+    layer_ratio: float
+
+
+class EarlyExitOptions(SamplingOptions, total=False):
+    candidate_layers: Sequence[int]
+
+
+@overload
+def generate_with_dola_static(
+    mmgpt, vl_chat_processor, prompt: str, *, return_tokens: Literal[False] = False, **options: Unpack[StaticOptions]
+) -> list[Image.Image]: ...
+@overload
+def generate_with_dola_static(
+    mmgpt, vl_chat_processor, prompt: str, *, return_tokens: Literal[True], **options: Unpack[StaticOptions]
+) -> tuple[list[Image.Image], Tensor]: ...
 def generate_with_dola_static(
     mmgpt,
     vl_chat_processor,
@@ -380,31 +429,52 @@ def generate_with_dola_static(
     *,
     # DoLa
     layer: int | None = None,
-    layer_ratio: float = 0.8,
-    alpha: float = 0.1,
+    layer_ratio: float = DEFAULT_LAYER_RATIO,
+    alpha: float = DEFAULT_ALPHA,
+    gamma: float = 1.0,
+    norm: bool = True,
     cfg_order: str = "guide_first",
     use_dola: bool = True,
     # sampling
     temperature: float = 1.0,
     parallel_size: int = 16,
-    cfg_weight: float = 5.0,
+    cfg_weight: float | None = None,
     seed: int | None = None,
     # output
     return_tokens: bool = False,
     trace: list[dict[str, Any]] | None = None,
-) -> Any:
+) -> list[Image.Image] | tuple[list[Image.Image], Tensor]:
     """Images of one rendered prompt, contrasting the last layer with a fixed earlier one at every step.
 
     `layer` is in 1..N (N, like `use_dola=False`, samples from the last layer: in float32 the tokens of `generate` for
-    the same seed); without it, `layer_ratio` of the depth. A list given as `trace` receives one dict per step
-    (`trace_step`). Returns the PIL images, or with `return_tokens` (images, tokens `[parallel_size, T]` int64).
-    Raises ValueError for a layer, ratio, alpha, temperature, cfg_weight or cfg_order outside its range.
+    the same seed); without it, `layer_ratio` of the depth. `gamma=0` is APC only, and `norm=False` reads the layer
+    without LN_out. `cfg_weight=None` is the checkpoint's own guidance. A list given as `trace` receives one dict per
+    step (`trace_choice`). Returns the PIL images, or with `return_tokens` (images, tokens `[parallel_size, T]` int64).
+    Raises ValueError for a layer, ratio, alpha, gamma, temperature, cfg_weight or cfg_order outside its range.
     """
-    layers = static_layers(mmgpt, layer, layer_ratio)
-    decoding = Decoding(layers if use_dola else (), alpha, temperature, cfg_weight, cfg_order)
-    return _generate_one(mmgpt, vl_chat_processor, prompt, decoding, parallel_size, seed, return_tokens, trace)
+    layers = pick_contrast_layers(len(mmgpt.language_model.model.layers), layer, layer_ratio)
+    cfg_weight = default_guidance(mmgpt) if cfg_weight is None else cfg_weight
+    decoding = Decoding(layers, alpha, gamma, norm, temperature, cfg_weight, cfg_order)
+    images, tokens = generate_decoded(
+        mmgpt,
+        vl_chat_processor,
+        prompt,
+        decoding if use_dola else decoding.baseline,
+        parallel_size=parallel_size,
+        seed=seed,
+        trace=trace,
+    )
+    return (images, tokens) if return_tokens else images
 
 
+@overload
+def generate_with_dola(
+    mmgpt, vl_chat_processor, prompt: str, *, return_tokens: Literal[False] = False, **options: Unpack[EarlyExitOptions]
+) -> list[Image.Image]: ...
+@overload
+def generate_with_dola(
+    mmgpt, vl_chat_processor, prompt: str, *, return_tokens: Literal[True], **options: Unpack[EarlyExitOptions]
+) -> tuple[list[Image.Image], Tensor]: ...
 def generate_with_dola(
     mmgpt,
     vl_chat_processor,
@@ -412,26 +482,41 @@ def generate_with_dola(
     *,
     # DoLa
     candidate_layers: Sequence[int] = (22, 24, 26, 28),
-    alpha: float = 0.1,
+    alpha: float = DEFAULT_ALPHA,
+    gamma: float = 1.0,
+    norm: bool = True,
     cfg_order: str = "guide_first",
     use_dola: bool = True,
     # sampling
     temperature: float = 1.0,
     parallel_size: int = 16,
-    cfg_weight: float = 5.0,
+    cfg_weight: float | None = None,
     seed: int | None = None,
     # output
     return_tokens: bool = False,
     trace: list[dict[str, Any]] | None = None,
-) -> Any:
+) -> list[Image.Image] | tuple[list[Image.Image], Tensor]:
     """The early-exit form: at every step, each row contrasts with the candidate that differs most from the last layer.
 
     Candidates outside 1..N-1 are dropped. Otherwise as `generate_with_dola_static`; raises ValueError also where no
     candidate is left.
     """
-    layers = sanitize_candidate_layers(candidate_layers, len(mmgpt.language_model.model.layers))
-    decoding = Decoding(tuple(layers) if use_dola else (), alpha, temperature, cfg_weight, cfg_order)
-    return _generate_one(mmgpt, vl_chat_processor, prompt, decoding, parallel_size, seed, return_tokens, trace)
+    layers = pick_contrast_layers(len(mmgpt.language_model.model.layers), candidate_layers=candidate_layers)
+    cfg_weight = default_guidance(mmgpt) if cfg_weight is None else cfg_weight
+    decoding = Decoding(layers, alpha, gamma, norm, temperature, cfg_weight, cfg_order)
+    images, tokens = generate_decoded(
+        mmgpt,
+        vl_chat_processor,
+        prompt,
+        decoding if use_dola else decoding.baseline,
+        parallel_size=parallel_size,
+        seed=seed,
+        trace=trace,
+    )
+    return (images, tokens) if return_tokens else images
+
+
+DEFAULT_PROMPT = "a red circle above a blue star on a white background"
 
 
 def main() -> None:
@@ -440,15 +525,17 @@ def main() -> None:
 
     parser = CommandParser(description="The reference text-to-image loop: one prompt to generated_samples/.")
     add_model_arguments(parser)
-    parser.add_argument("--prompt", required=True, help="what to paint")
+    parser.add_argument("--prompt", default=DEFAULT_PROMPT, help='what to paint (default: "%(default)s")')
     parser.add_argument("--parallel_size", type=positive, default=16, help="images (default: %(default)s)")
     parser.add_argument("--cfg_weight", type=float, help="guidance (default: the checkpoint's own, else 5)")
     parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature (default: %(default)s)")
     parser.add_argument("--seed", type=int, help="seed of torch's generator (default: none)")
     args = parser.parse_args()
+    check_temperature(args.temperature)
+    if args.cfg_weight is not None:
+        check_cfg_weight(args.cfg_weight)
     _, processor, model = load_pretrained_model(args.model, args.dtype, args.device)
-    cfg_weight = own_guidance(model) if args.cfg_weight is None else args.cfg_weight
-    Decoding(temperature=args.temperature, cfg_weight=cfg_weight)  # the check of both
+    cfg_weight = default_guidance(model) if args.cfg_weight is None else args.cfg_weight
     if args.seed is not None:
         torch.manual_seed(args.seed)
     prompt = format_image_prompt(processor, args.prompt)
@@ -457,6 +544,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from janus.dola.cli import run_command
-
+    try:
+        from janus.dola.cli import run_command
+    except ImportError:
+        raise SystemExit("error: this command needs the folder janus/dola/ beside it") from None
     run_command(main)

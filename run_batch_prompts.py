@@ -17,14 +17,13 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from dola_runtime import sanitize_candidate_layers
+from dola_runtime import check_alpha, check_cfg_weight, check_temperature, pick_contrast_layers
 from generation_inference import (
     Decoding,
+    default_guidance,
     format_image_prompt,
-    image_geometry,
-    own_guidance,
+    num_image_tokens,
     sample_image_tokens,
-    static_layers,
     tokens_to_images,
 )
 from janus.dola.cli import JANUS_TINY, CommandParser, add_model_arguments, parse_layers, positive, run_command
@@ -100,7 +99,7 @@ def sample_within_memory(
             decoding,
             parallel_size=parallel_size,
             seeds=seeds,
-            rows=rows,
+            samples=rows,
             on_step=on_step,
         )
     except (RuntimeError, MemoryError) as error:
@@ -224,16 +223,15 @@ class BatchRun:
 def decode_and_write(run: BatchRun, model, processor, indices: list[int], tokens: Tensor) -> None:
     """VQ codes `[prompts, images, T]` to files; runs beside the next batch's decoding."""
     for index, rows in zip(indices, tokens, strict=True):
-        run.write(index, tokens_to_images(model, rows, *image_geometry(model, processor)), rows)
+        run.write(index, tokens_to_images(model, rows), rows)
 
 
 def run_prompts(run: BatchRun, model, processor, batch_size: int | None) -> tuple[int, float]:
     """Make what is still to do; returns (tokens sampled, seconds)."""
     rendered = {i: format_image_prompt(processor, run.prompts[i]) for i in run.todo}
-    size, patch = image_geometry(model, processor)
     longest = max((len(processor.tokenizer.encode(text)) for text in rendered.values()), default=0)
     layers_read = 1 + max(len(d.layers) for d in run.variants.values())
-    chosen = batch_size or images_per_batch(model, layers_read, longest + (size // patch) ** 2)
+    chosen = batch_size or images_per_batch(model, layers_read, longest + num_image_tokens(model, processor))
     prompts_per_batch = max(1, chosen // run.parallel_size)
     rows_per_part = min(run.parallel_size, chosen)
     print(f"batches of {prompts_per_batch} prompts x {rows_per_part} images")
@@ -331,16 +329,16 @@ def main() -> None:
     prompts = read_prompts(args.prompt_json, args.max_prompts)
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
-    Decoding((), args.alpha, args.temperature, args.cfg_weight or 0.0)  # numbers out of range end here, before the load
+    check_alpha(args.alpha)
+    check_temperature(args.temperature)
+    if args.cfg_weight is not None:
+        check_cfg_weight(args.cfg_weight)
     _, processor, model = load_pretrained_model(args.model, dtype, device)
-    cfg_weight = own_guidance(model) if args.cfg_weight is None else args.cfg_weight
-    if args.candidate_layers is not None:
-        num_layers = len(model.language_model.model.layers)
-        layers = tuple(sanitize_candidate_layers(args.candidate_layers, num_layers))
-    else:
-        layers = static_layers(model, args.layer, args.layer_ratio)
-    baseline, dola = (Decoding(ls, args.alpha, args.temperature, cfg_weight, args.cfg_order) for ls in ((), layers))
-    variants: dict[str, Decoding] = {"baseline": baseline, "dola": dola}
+    cfg_weight = default_guidance(model) if args.cfg_weight is None else args.cfg_weight
+    num_layers = len(model.language_model.model.layers)
+    layers = pick_contrast_layers(num_layers, args.layer, args.layer_ratio, args.candidate_layers)
+    dola = Decoding(layers, args.alpha, temperature=args.temperature, cfg_weight=cfg_weight, cfg_order=args.cfg_order)
+    variants: dict[str, Decoding] = {"baseline": dola.baseline, "dola": dola}
     if not args.ab:
         variants.pop("dola" if args.no_dola else "baseline")
     settings: dict[str, Any] = {

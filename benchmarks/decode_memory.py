@@ -11,7 +11,8 @@ from generation_inference import Decoding, format_image_prompt, sample_image_tok
 from janus.dola.cli import JANUS_TINY, CommandParser, positive, run_command
 from janus.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor
 
-WIDTH, LAYERS, TOKENS = 1024, 8, 192
+WIDTH, LAYERS, SIDE, PATCH = 1024, 8, 224, 16
+TOKENS = (SIDE // PATCH) ** 2
 
 
 def memory(key: str) -> int:
@@ -48,9 +49,8 @@ def main() -> None:
     rows, length = 2 * args.images, len(processor.tokenizer.encode(prompt)) + TOKENS
     cache = 2 * LAYERS * rows * length * WIDTH * 4
     logits = 2 * rows * model.gen_embed.weight.shape[0] * 4  # the last and one contrast layer
-    sample_image_tokens(
-        model, processor, [prompt], Decoding((6,)), parallel_size=args.images, seeds=[0], num_tokens=TOKENS
-    )
+    processor.image_processor.image_size = SIDE
+    sample_image_tokens(model, processor, [prompt], Decoding((6,)), parallel_size=args.images, seeds=[0])
     peak = memory("VmHWM") - before
     parts = {"weights": weights, "KV cache": cache, "one batch of logits": logits, "peak": peak}
     print(", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in parts.items()))

@@ -16,13 +16,14 @@ import torch
 from transformers import JanusConfig, JanusForConditionalGeneration, StaticCache
 from transformers.models.janus.configuration_janus import JanusVisionConfig
 
+from dola_runtime import pick_contrast_layers
 from generation_inference import (
     Decoding,
     format_image_prompt,
     generate,
     image_geometry,
+    num_image_tokens,
     sample_image_tokens,
-    static_layers,
     tokens_to_images,
 )
 from janus.dola.cli import JANUS_TINY, CommandParser, add_model_arguments, positive, run_command
@@ -108,14 +109,14 @@ def run_transformers(theirs, model, processor, prompts: list[str], parallel_size
         guidance_scale=cfg_weight,
         num_return_sequences=parallel_size,
     )
-    for image in tokens_to_images(model, tokens, *image_geometry(model, processor)):
+    for image in tokens_to_images(model, tokens):
         image.save("image.jpg")
 
 
 def run_ours(model, processor, prompts: list[str], decoding: Decoding, parallel_size: int) -> None:
     seeds = list(range(len(prompts)))
     tokens = sample_image_tokens(model, processor, prompts, decoding, parallel_size=parallel_size, seeds=seeds)
-    for image in tokens_to_images(model, tokens.flatten(0, 1), *image_geometry(model, processor)):
+    for image in tokens_to_images(model, tokens.flatten(0, 1)):
         image.save("image.jpg")
 
 
@@ -194,7 +195,7 @@ def main() -> None:
     depth = len(model.language_model.model.layers)
     decodings = {
         "ours, DoLa off": Decoding(cfg_weight=3.0),
-        "ours, DoLa static": Decoding(static_layers(model), cfg_weight=3.0),
+        "ours, DoLa static": Decoding(pick_contrast_layers(len(model.language_model.model.layers)), cfg_weight=3.0),
         "ours, early exit of 4": Decoding(tuple(range(depth - 4, depth)), cfg_weight=3.0),
     }
     n = args.parallel_size
@@ -223,7 +224,7 @@ def main() -> None:
         os.chdir(scratch)
         measured = measure(ways, args.rounds, device)
         os.chdir(here)
-    images, steps = args.prompts * n, (image_geometry(model, processor)[0] // image_geometry(model, processor)[1]) ** 2
+    images, steps = args.prompts * n, num_image_tokens(model, processor)
     base = measured["reference loop, by prompt"]["seconds"]
     rates = hardware_rates(device) if device.type == "cuda" else None
     print(f"{images} images of {steps} tokens, {str(dtype).removeprefix('torch.')} on {device.type}\n")

@@ -8,14 +8,15 @@ import time
 
 import torch
 
-from generation_inference import Decoding, format_image_prompt, image_geometry, sample_image_tokens, static_layers
+from dola_runtime import pick_contrast_layers
+from generation_inference import Decoding, format_image_prompt, num_image_tokens, sample_image_tokens
 from janus.dola.cli import CommandParser, add_model_arguments, positive, run_command
 from janus.dola.loading import load_pretrained_model
 
 
 def seconds_per_step(model, processor, decoding: Decoding, parallel_size: int) -> float:
     prompt = format_image_prompt(processor, "a large red circle on a white background")
-    steps = (image_geometry(model, processor)[0] // image_geometry(model, processor)[1]) ** 2
+    steps = num_image_tokens(model, processor)
     started = time.perf_counter()
     sample_image_tokens(model, processor, [prompt], decoding, parallel_size=parallel_size, seeds=[0])
     if torch.cuda.is_available():
@@ -33,7 +34,7 @@ def main() -> None:
     depth = len(model.language_model.model.layers)
     variants = {
         "off": Decoding(),
-        "static": Decoding(static_layers(model)),
+        "static": Decoding(pick_contrast_layers(len(model.language_model.model.layers))),
         "early exit, 4 layers": Decoding(tuple(range(depth - 4, depth))),
     }
     times: dict[str, list[float]] = {name: [] for name in variants}

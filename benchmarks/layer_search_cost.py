@@ -21,7 +21,7 @@ from torch import nn
 from benchmarks.factor import read_questions
 from benchmarks.smollm2 import load_smollm2
 from dola_runtime import compute_logprobs_from_hidden
-from generation_inference import own_guidance
+from generation_inference import default_guidance
 from janus.dola.cli import add_model_arguments, positive, run_command
 from janus.dola.layer_search.__main__ import ALPHAS
 from janus.dola.layer_search.metrics import (
@@ -119,7 +119,7 @@ def main() -> None:
     decoder = model.language_model.model
 
     images = read_examples(args.data / "image.jsonl", "image")[: args.examples]
-    painting = image_task(model, processor, own_guidance(model))
+    painting = image_task(model, processor, default_guidance(model))
     report("images", painting, decoder, images, 16, args.rounds)
     with remembered_codes(model):
         report("images, codes given", painting, decoder, images, 16, args.rounds)

@@ -57,7 +57,7 @@ def test_the_reference_loop_gives_the_reference_tokens_and_images(golden, tmp_pa
         golden.model, golden.processor, prompt, how["temperature"], how["parallel_size"], how["cfg_weight"]
     )
     assert torch.equal(tokens, golden.tensors[f"gen{k}.tokens"])
-    images = tokens_to_images(golden.model, tokens, img_size=64, patch_size=16)
+    images = tokens_to_images(golden.model, tokens)
     pixels = np.stack([np.asarray(image) for image in images]).astype(int)
     assert np.abs(pixels - golden.tensors[f"gen{k}.images"].numpy()).max() <= 1
     assert len(list(Path("generated_samples").glob("img_*.jpg"))) == how["parallel_size"]

@@ -119,11 +119,11 @@ def test_running_out_of_memory_halves_the_batch_and_changes_no_image(tmp_path, m
     sizes = []
     sample = run_batch_prompts.sample_image_tokens
 
-    def small(model, processor, prompts, decoding, *, rows, **how):
-        sizes.append((len(prompts), rows.stop - rows.start))
-        if len(prompts) * (rows.stop - rows.start) > 2:
+    def small(model, processor, prompts, decoding, *, samples, **how):
+        sizes.append((len(prompts), samples.stop - samples.start))
+        if len(prompts) * (samples.stop - samples.start) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return sample(model, processor, prompts, decoding, rows=rows, **how)
+        return sample(model, processor, prompts, decoding, samples=samples, **how)
 
     monkeypatch.setattr(run_batch_prompts, "sample_image_tokens", small)
     assert contents(run(tmp_path, outdir="halved")) == expected

@@ -20,9 +20,8 @@ from transformers import AutoTokenizer, SiglipModel
 from generation_inference import (
     Decoding,
     chat_roles,
+    default_guidance,
     format_image_prompt,
-    image_geometry,
-    own_guidance,
     sample_image_tokens,
     tokens_to_images,
 )
@@ -81,7 +80,7 @@ def to_pixels(images: Sequence[np.ndarray]) -> torch.Tensor:
 @torch.inference_mode()
 def reconstruct(model: MultiModalityCausalLM, processor: VLChatProcessor, images: Sequence[np.ndarray]) -> list:
     codes = model.gen_vision_model.encode(to_pixels(images))[2][2].view(len(images), -1)
-    return [np.asarray(image) for image in tokens_to_images(model, codes, *image_geometry(model, processor))]
+    return [np.asarray(image) for image in tokens_to_images(model, codes)]
 
 
 @torch.inference_mode()
@@ -93,13 +92,13 @@ def paint(
     tokens = sample_image_tokens(model, processor, prompts, decoding, parallel_size=1, seeds=list(range(len(wanted))))[
         :, 0
     ]
-    return [np.asarray(image) for image in tokens_to_images(model, tokens, *image_geometry(model, processor))]
+    return [np.asarray(image) for image in tokens_to_images(model, tokens)]
 
 
 def variants(cfg_weight: float) -> dict[str, Decoding]:
     rows = {"baseline": Decoding(cfg_weight=cfg_weight)}
     for alpha in ALPHAS:
-        rows[f"APC only, alpha {alpha}"] = Decoding(alpha=alpha, cfg_weight=cfg_weight, contrast=False)
+        rows[f"APC only, alpha {alpha}"] = Decoding(alpha=alpha, gamma=0.0, cfg_weight=cfg_weight)
     for alpha in ALPHAS:
         for layer in LAYERS:
             rows[f"DoLa layer {layer}, alpha {alpha}"] = Decoding((layer,), alpha, cfg_weight=cfg_weight)
@@ -182,7 +181,7 @@ def grid(model: MultiModalityCausalLM, processor: VLChatProcessor, layer: int, p
     wanted = [
         scene for split, count in zip(SPLITS, (4, 2, 4, 2), strict=True) for scene in some(SPLITS[split], count, 5)
     ]
-    cfg_weight = own_guidance(model)
+    cfg_weight = default_guidance(model)
     decodings = Decoding(cfg_weight=cfg_weight), Decoding((layer,), cfg_weight=cfg_weight)
     rows = [np.concatenate(paint(model, processor, wanted, decoding), axis=1) for decoding in decodings]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -230,7 +229,7 @@ def main() -> None:
     parser.add_argument("--grid", type=Path, help="where to write a picture of a dozen prompts")
     args = parser.parse_args()
     _, processor, model = load_pretrained_model(args.model, dtype="float32", device="cpu")
-    own, many = own_guidance(model), 2 * args.count
+    own, many = default_guidance(model), 2 * args.count
     header = ["", *SPLITS, "together"]
 
     judged = judge_rates(model, processor, args.count)

@@ -16,8 +16,11 @@ def uses_graphs(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def capture(step: Callable[[], None]) -> Callable[[], None]:
-    """The CUDA graph of a step, as a function that replays it. The step may run more than once before."""
+def capture(step: Callable[[], Any]) -> Callable[[], Any]:
+    """The CUDA graph of a step, as a function that replays it and returns what it returned, at its first place.
+
+    The step may run more than once before.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # the warm-up that capture asks for
@@ -25,8 +28,13 @@ def capture(step: Callable[[], None]) -> Callable[[], None]:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+        result = step()
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
 
 
 @contextmanager
@@ -43,12 +51,13 @@ def attending_by(implementation: str, llama: LlamaModel) -> Iterator[None]:
 class StaticBackbone:
     """Reads the wanted layers of transformers' LlamaModel; itself the cache that its attention layers update.
 
-    rows: sequences decoded together; length: positions of the longest prompt plus the tokens to come.
+    layers: contrast layers to read, through LN_out unless `norm=False`; rows: sequences decoded together; length:
+    positions of the longest prompt plus the tokens to come.
     """
 
-    def __init__(self, llama: LlamaModel, layers: Sequence[int], rows: int, length: int):
+    def __init__(self, llama: LlamaModel, layers: Sequence[int], norm: bool, rows: int, length: int):
         config, weight = llama.config, llama.embed_tokens.weight
-        self.llama, self.layers = llama, layers
+        self.llama, self.layers, self.norm = llama, layers, norm
         self.graphed = uses_graphs(weight.device)
         capacity = -(-length // BUCKET) * BUCKET if self.graphed else length
         attention: Any = llama.layers[0].self_attn
@@ -59,7 +68,7 @@ class StaticBackbone:
         self.position = torch.zeros(1, dtype=torch.long, device=weight.device)
         self.masked = self.graphed
         self.capturing = False
-        self.replays: dict[int, Callable[[], None]] = {}
+        self.replays: dict[int, Callable[[], Any]] = {}
 
     @staticmethod
     def serves(llama) -> bool:
@@ -72,8 +81,8 @@ class StaticBackbone:
             stored.index_copy_(2, self.slots, new)
         return cache[0, :, :, : self.visible], cache[1, :, :, : self.visible]
 
-    def prefill(self, embeds: Tensor, valid: Tensor | None, rows: Tensor) -> Tensor:
-        """Read each of `[prompts, T, width]` once (`valid` marks real tokens), then repeat its cache as `rows` says."""
+    def prefill(self, embeds: Tensor, valid: Tensor | None, repeat: Tensor) -> Tensor:
+        """Read each of `[prompts, T, width]` once (`valid` marks tokens), then repeat its cache as `repeat` says."""
         prompts, length = embeds.shape[:2]
         self.target = self.cache.new_empty(
             (*self.cache.shape[:2], prompts, self.cache.shape[3], length, self.cache.shape[5])
@@ -89,12 +98,12 @@ class StaticBackbone:
             itself = torch.eye(length, dtype=torch.bool, device=embeds.device)  # else a padding row would be empty
             mask = (causal & valid[:, None, None, :]) | itself
             positions = (self.slots[None] - starts[:, None]).clamp(min=0)
-            self.start = starts[rows]
-            self.mask[..., :length].masked_fill_(valid[rows, None, None], 0)
+            self.start = starts[repeat]
+            self.mask[..., :length].masked_fill_(valid[repeat, None, None], 0)
             self.masked = True
-        states = self._forward(embeds, mask, positions)[:, rows]
+        states = self._forward(embeds, mask, positions)[:, repeat]
         for own, read in zip(self.cache, self.target, strict=True):  # by layer: no second cache in memory
-            own[..., :length, :] = read[:, rows]
+            own[..., :length, :] = read[:, repeat]
         self.target, self.slots, self.filled = self.cache, self.position, length
         return states
 
@@ -120,10 +129,12 @@ class StaticBackbone:
             h = layer(h, attention_mask=mask, position_embeddings=rotary, past_key_values=self, use_cache=True)
             if depth in self.layers:
                 states.append(h[:, -1])
-        return self.llama.norm(torch.stack([h[:, -1], *states]))
+        if self.norm:
+            return self.llama.norm(torch.stack([h[:, -1], *states]))
+        return torch.stack([self.llama.norm(h[:, -1]), *states])
 
-    def run(self, step: Callable[[], None]) -> None:
-        """Run one decoding step; on CUDA, replay it as a graph, captured once for each bucket of positions."""
+    def run(self, step: Callable[[], Any]) -> Any:
+        """Run one step, which calls this backbone once; on CUDA as a graph, captured once for each bucket."""
         if not self.graphed:
             return step()
         self._advance()
@@ -131,4 +142,4 @@ class StaticBackbone:
             self.capturing = True
             self.replays[self.visible] = capture(step)
             self.capturing = False
-        self.replays[self.visible]()
+        return self.replays[self.visible]()

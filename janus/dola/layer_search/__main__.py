@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from generation_inference import Decoding, own_guidance
+from generation_inference import Decoding, default_guidance
 from janus.dola.cli import JANUS_TINY, add_model_arguments, parse_layers, positive, run_command
 from janus.dola.files import RunLog, load_image, read_json_file, write_whole
 from janus.dola.layer_search.metrics import (
@@ -432,7 +432,7 @@ def main() -> None:
     }
     _, processor, model = load_pretrained_model(args.model, dtype, device)
     if args.task == "image":
-        settings["cfg_weight"] = own_guidance(model) if args.cfg_weight is None else args.cfg_weight
+        settings["cfg_weight"] = default_guidance(model) if args.cfg_weight is None else args.cfg_weight
         Decoding(cfg_weight=settings["cfg_weight"])
         task = image_task(model, processor, settings["cfg_weight"])
     elif args.task == "answers":

@@ -17,8 +17,14 @@ from torch import Tensor
 from torch.nn.functional import normalize as l2_normalize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dola_runtime import compute_logprobs_from_hidden, contrast_with_apc_from_logprobs, guide_logits, probs_from_scores
-from generation_inference import Decoding, chat_roles, format_image_prompt, pack_prompts, trace_step
+from dola_runtime import (
+    compute_logprobs_from_hidden,
+    contrast_with_apc_from_logprobs,
+    guide_logits,
+    probs_from_scores,
+    trace_step,
+)
+from generation_inference import chat_roles, format_image_prompt, pack_prompts
 from janus.dola.decoder_parts import find_decoder_parts
 from janus.dola.files import load_image, read_text
 from janus.dola.rerank import build_text_bank, own_tau, pooled_features, tower_depth
@@ -373,5 +379,5 @@ def find_decision(task: Task, example: Example, layer: int, alpha: float, better
     log_qN = compute_logprobs_from_hidden(forced.hidden[-1, place], None, reading.phi)
     log_qj = compute_logprobs_from_hidden(forced.hidden[layer, place], reading.ln_out, reading.phi)
     p_hat = probs_from_scores(contrast_with_apc_from_logprobs(log_qN, log_qj, alpha))
-    top = trace_step(log_qN, log_qj, p_hat, None, Decoding((layer,), alpha))
+    top = trace_step(log_qN, log_qj, p_hat)
     return Decision(continuation, step, len(forced.places[continuation]), int(forced.targets[place]), top)
