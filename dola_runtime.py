@@ -48,7 +48,7 @@ def check_cfg_weight(cfg_weight: float) -> None:
 def check_layer(layer: int, num_layers: int) -> None:
     """Raises ValueError for anything but a whole number in 1..num_layers; num_layers is the bypass."""
     if isinstance(layer, bool) or not isinstance(layer, Integral) or not 1 <= layer <= num_layers:
-        raise ValueError(f"layer must be in 1..{num_layers} (the model has {num_layers} layers), got {layer!r}")
+        raise ValueError(f"layer must be in 1..{num_layers}, got {layer!r}")
 
 
 # --- readout and contrast --------------------------------------------------------------------------------------------

@@ -6,10 +6,10 @@ Everything here works on any object with the attribute names of a Janus model, t
 import argparse
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from PIL import Image
@@ -17,12 +17,20 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from generation_inference import chat_roles
-from janus.dola.cli import JANUS_TINY, CommandParser, add_model_arguments, parse_layers, positive, run_command
+from dola_runtime import DEFAULT_ALPHA, DEFAULT_LAYER_RATIO, check_alpha, check_gamma
+from generation_inference import render_chat
+from janus.dola.cli import CommandParser, add_dola_arguments, add_model_arguments, positive, run_command, run_settings
 from janus.dola.files import RunLog, load_image, read_json_file
 from janus.dola.fusion import VisionPriorLogitsProcessor, first_token_ids, vision_prior
+from janus.dola.inputs import embed_inputs
 from janus.dola.logits_processor import DoLaLogitsProcessor
-from janus.dola.rerank import build_text_bank, find_text_encoder, own_tau, rerank_with_dola_static_siglip, vision_layer
+from janus.dola.rerank import (
+    build_text_bank,
+    find_text_encoder,
+    rerank_with_dola_static_siglip,
+    siglip_temperature,
+    vision_layer,
+)
 from janus.dola.switches import DoLaSwitches
 
 Images = str | os.PathLike | Image.Image | Sequence[str | os.PathLike | Image.Image]
@@ -31,16 +39,20 @@ Images = str | os.PathLike | Image.Image | Sequence[str | os.PathLike | Image.Im
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
+def format_question(vl_chat_processor, question: str, num_images: int = 1) -> str:
+    """The question, behind as many images, as the chat string that asks for its answer."""
+    content = f"{vl_chat_processor.image_tag}\n" * num_images + question
+    return render_chat(vl_chat_processor, [content], vl_chat_processor.system_prompt)
+
+
 def prepare_question(mmgpt, vl_chat_processor, images: Images, question: str):
     """The chat that shows the images (paths or PIL; none for a question on text) and asks, as a batch of one.
 
     Raises ValueError, naming the file, for an image that is not one.
     """
     images = [images] if isinstance(images, (str, os.PathLike, Image.Image)) else images
-    user, assistant = chat_roles(vl_chat_processor.tokenizer)
-    content = "<image_placeholder>\n" * len(images) + question
     batch = vl_chat_processor(
-        conversations=[{"role": user, "content": content}, {"role": assistant, "content": ""}],
+        prompt=format_question(vl_chat_processor, question, len(images)),
         images=[image if isinstance(image, Image.Image) else load_image(image) for image in images],
         force_batchify=True,
     )
@@ -56,19 +68,15 @@ def decode_answer(
     logits_processor: Sequence[LogitsProcessor] = (),
     return_tokens: bool = False,
     **generate_kwargs,
-):
+) -> str | tuple[str, Tensor]:
     """The reference call of transformers' `generate` on a prepared question: greedy, at most 512 tokens.
 
     `generate_kwargs` overrides what it is called with. Returns the text, or with `return_tokens` (text, tokens `[T]`
     int64).
     """
     tokenizer = vl_chat_processor.tokenizer
-    if batch.pixel_values.shape[1]:
-        inputs_embeds = mmgpt.prepare_inputs_embeds(**vars(batch))
-    else:
-        inputs_embeds = mmgpt.language_model.get_input_embeddings()(batch.input_ids)
     reference = {
-        "inputs_embeds": inputs_embeds,
+        "inputs_embeds": embed_inputs(mmgpt, batch),
         "attention_mask": batch.attention_mask,
         "pad_token_id": tokenizer.eos_token_id,
         "bos_token_id": tokenizer.bos_token_id,
@@ -83,10 +91,20 @@ def decode_answer(
     return (text, tokens) if return_tokens else text
 
 
-# --- ways to answer --------------------------------------------------------------------------------------------------
+# --- answers ---------------------------------------------------------------------------------------------------------
 
 
-def answer(mmgpt, vl_chat_processor, images: Images, question: str, *, return_tokens: bool = False, **generate_kwargs):
+@overload
+def answer(
+    mmgpt, vl_chat_processor, images: Images, question: str, *, return_tokens: Literal[False] = False, **options: Any
+) -> str: ...
+@overload
+def answer(
+    mmgpt, vl_chat_processor, images: Images, question: str, *, return_tokens: Literal[True], **options: Any
+) -> tuple[str, Tensor]: ...
+def answer(
+    mmgpt, vl_chat_processor, images: Images, question: str, *, return_tokens: bool = False, **generate_kwargs
+) -> str | tuple[str, Tensor]:
     """The reference path: the greedy answer to a question on image(s), as a string.
 
     `generate_kwargs` (`max_new_tokens`, `do_sample`, `num_beams`, ...) go to transformers' `generate`; with
@@ -97,6 +115,14 @@ def answer(mmgpt, vl_chat_processor, images: Images, question: str, *, return_to
     return decode_answer(mmgpt, vl_chat_processor, batch, (), return_tokens, **generate_kwargs)
 
 
+@overload
+def answer_with_dola_static(
+    mmgpt, vl_chat_processor, images: Images, question: str, *, return_tokens: Literal[False] = False, **options: Any
+) -> str: ...
+@overload
+def answer_with_dola_static(
+    mmgpt, vl_chat_processor, images: Images, question: str, *, return_tokens: Literal[True], **options: Any
+) -> tuple[str, Tensor]: ...
 def answer_with_dola_static(
     mmgpt,
     vl_chat_processor,
@@ -104,12 +130,14 @@ def answer_with_dola_static(
     question: str,
     *,
     layer: int | None = None,
-    layer_ratio: float = 0.8,
-    alpha: float = 0.1,
+    layer_ratio: float = DEFAULT_LAYER_RATIO,
+    alpha: float = DEFAULT_ALPHA,
+    gamma: float = 1.0,
+    norm: bool = True,
     use_dola: bool = True,
     return_tokens: bool = False,
     **generate_kwargs,
-):
+) -> str | tuple[str, Tensor]:
     """`answer` with the last layer contrasted with a fixed earlier one at every step, read through lm_head.
 
     `layer` is in 1..N (N, like `use_dola=False`, is `answer` itself); without it, `layer_ratio` of the depth. Raises
@@ -117,11 +145,25 @@ def answer_with_dola_static(
     """
     batch = prepare_question(mmgpt, vl_chat_processor, images, question)
     with DoLaLogitsProcessor(
-        mmgpt.language_model, layer=layer, layer_ratio=layer_ratio, alpha=alpha, use_dola=use_dola
+        mmgpt.language_model,
+        layer=layer,
+        layer_ratio=layer_ratio,
+        alpha=alpha,
+        gamma=gamma,
+        norm=norm,
+        use_dola=use_dola,
     ) as dola:
         return decode_answer(mmgpt, vl_chat_processor, batch, [dola], return_tokens, **generate_kwargs)
 
 
+@overload
+def answer_with_dola(
+    mmgpt, vl_chat_processor, images: Images, question: str, *, return_tokens: Literal[False] = False, **options: Any
+) -> str: ...
+@overload
+def answer_with_dola(
+    mmgpt, vl_chat_processor, images: Images, question: str, *, return_tokens: Literal[True], **options: Any
+) -> tuple[str, Tensor]: ...
 def answer_with_dola(
     mmgpt,
     vl_chat_processor,
@@ -129,22 +171,30 @@ def answer_with_dola(
     question: str,
     *,
     candidate_layers: Sequence[int] = (22, 24, 26, 28),
-    alpha: float = 0.1,
+    alpha: float = DEFAULT_ALPHA,
+    gamma: float = 1.0,
+    norm: bool = True,
     use_dola: bool = True,
     return_tokens: bool = False,
     **generate_kwargs,
-):
+) -> str | tuple[str, Tensor]:
     """The early-exit form: every step contrasts with the candidate that differs most from the last layer.
 
     Candidates outside 1..N-1 are dropped; raises ValueError where none is left, or for an alpha outside [0, 1].
     """
     batch = prepare_question(mmgpt, vl_chat_processor, images, question)
     with DoLaLogitsProcessor(
-        mmgpt.language_model, candidate_layers=candidate_layers, alpha=alpha, use_dola=use_dola
+        mmgpt.language_model,
+        candidate_layers=candidate_layers,
+        alpha=alpha,
+        gamma=gamma,
+        norm=norm,
+        use_dola=use_dola,
     ) as dola:
         return decode_answer(mmgpt, vl_chat_processor, batch, [dola], return_tokens, **generate_kwargs)
 
 
+@overload
 def answer_with_switches(
     mmgpt,
     vl_chat_processor,
@@ -152,13 +202,36 @@ def answer_with_switches(
     question: str,
     switches: DoLaSwitches,
     *,
+    return_tokens: Literal[False] = False,
+    **options: Any,
+) -> str: ...
+@overload
+def answer_with_switches(
+    mmgpt,
+    vl_chat_processor,
+    images: Images,
+    question: str,
+    switches: DoLaSwitches,
+    *,
+    return_tokens: Literal[True],
+    **options: Any,
+) -> tuple[str, Tensor]: ...
+def answer_with_switches(
+    mmgpt,
+    vl_chat_processor,
+    images: Images,
+    question: str,
+    switches: DoLaSwitches,
+    *,
+    gamma: float = 1.0,
+    norm: bool = True,
     candidates: Sequence[str] = (),
     text_bank: Tensor | None = None,
     tau: float = 1.0,
     miss: float | None = None,
     return_tokens: bool = False,
     **generate_kwargs,
-):
+) -> str | tuple[str, Tensor]:
     """Both towers, as the switches say: rerank the candidates, map them to words, DoLa on lm_head, fusion.
 
     candidates, text_bank: the texts and their embeddings `[C, width]` (`build_text_bank`); without any, there is no
@@ -169,7 +242,12 @@ def answer_with_switches(
     batch = prepare_question(mmgpt, vl_chat_processor, images, question)
     llm = mmgpt.language_model
     with DoLaLogitsProcessor(
-        llm, layer=switches.fixed_layer_llm, alpha=switches.alpha_L, use_dola=switches.use_dola_lm_static
+        llm,
+        layer=switches.fixed_layer_llm,
+        alpha=switches.alpha_L,
+        gamma=gamma,
+        norm=norm,
+        use_dola=switches.use_dola_lm_static,
     ) as dola:
         processors: list[LogitsProcessor] = [dola]
         if candidates and switches.lambda_mm > 0:
@@ -182,7 +260,7 @@ def answer_with_switches(
             )
             words = [first_token_ids(vl_chat_processor.tokenizer, candidate) for candidate in candidates]
             r_V = vision_prior(p_hat.mean(0), words, llm.lm_head.weight.shape[0], switches.mm_topk_for_T, miss)
-            alpha = 0.0 if dola.layers else switches.alpha_L
+            alpha = 0.0 if dola.on else switches.alpha_L
             processors.append(VisionPriorLogitsProcessor(r_V, switches.lambda_mm, alpha))
         return decode_answer(mmgpt, vl_chat_processor, batch, processors, return_tokens, **generate_kwargs)
 
@@ -260,42 +338,44 @@ def build_parser() -> CommandParser:
     add("--overwrite", action="store_true", help="start anew where --outdir holds another run (default: refuse)")
     add("--max_new_tokens", type=positive, default=512, help="longest answer (default: %(default)s)")
     add_model_arguments(parser)
-    dola = parser.add_argument_group("DoLa")
-    add = dola.add_mutually_exclusive_group().add_argument
-    add("--layer", type=int, help="fixed contrast layer of the language model, 1..N; N is no contrast (default: none)")
-    add("--layer_ratio", type=float, help="fixed contrast layer by depth, 0..1 (default: none)")
-    add("--candidate_layers", type=parse_layers, help="early exit among these, as 22,24,26,28 (default: none)")
-    add("--config", metavar="FILE", help="switches as JSON: DoLa in both towers, and fusion (default: none)")
-    add("--no_dola", action="store_true", help="the reference path (the default)")
-    dola.add_argument("--alpha", type=float, help="plausibility threshold with a layer, 0..1 (default: 0.1)")
+    add_dola_arguments(parser, "none, unless --config names one")
     add = parser.add_argument_group("with --config").add_argument
-    add("--domain", help="a domain of the file (default: the file's own switches)")
     add("--candidates", nargs="+", metavar="TEXT", help="what the images may show (default: no fusion)")
     add("--text_encoder", help="SiglipModel that embeds them: directory or hub id (default: siglip/ in --model)")
     add("--tau", type=float, help="the tower's temperature, above 0 (default: the text encoder's exp(-logit_scale))")
     return parser
 
 
-def way_to_answer(parser: CommandParser, args: argparse.Namespace) -> partial:
-    """The function that the options name, and what it is called with. Options that need another end the command."""
+def answer_function(parser: CommandParser, args: argparse.Namespace) -> partial:
+    """The function that the options ask for, with their values. Options that need another one end the command."""
     if args.image and args.questions:
         parser.error("--image goes with --question; the entries of --questions name their own")
     for option in ("domain", "candidates", "text_encoder", "tau"):
         if getattr(args, option) is not None and args.config is None:
             parser.error(f"--{option} needs --config")
-    with_layers = (args.candidate_layers, args.layer, args.layer_ratio) != (None, None, None)
-    if args.alpha is not None and not with_layers:
-        parser.error("--alpha needs --layer, --layer_ratio or --candidate_layers")
-    dola = {"alpha": 0.1 if args.alpha is None else args.alpha, "max_new_tokens": args.max_new_tokens}
-    if args.candidate_layers is not None:
-        return partial(answer_with_dola, candidate_layers=args.candidate_layers, **dola)
-    if with_layers:
-        ratio = 0.8 if args.layer_ratio is None else args.layer_ratio
-        return partial(answer_with_dola_static, layer=args.layer, layer_ratio=ratio, **dola)
     if args.config:
+        if args.candidate_layers or args.layer_ratio is not None:
+            parser.error("--config takes --layer, not --candidate_layers or --layer_ratio")
+        given = {"fixed_layer_llm": args.layer, "alpha_L": args.alpha}
         switches = DoLaSwitches.from_json(args.config, args.domain)
-        return partial(answer_with_switches, switches=switches, max_new_tokens=args.max_new_tokens)
-    return partial(answer, max_new_tokens=args.max_new_tokens)
+        switches = replace(switches, **{name: value for name, value in given.items() if value is not None})
+        dola: dict[str, Any] = {"switches": switches}
+        function = answer_with_switches
+    else:
+        on = (args.candidate_layers, args.layer, args.layer_ratio, args.gamma) != (None, None, None, 1.0)
+        if args.alpha is not None and not on:
+            parser.error("--alpha needs --layer, --layer_ratio, --candidate_layers or --apc_only")
+        if not on:
+            return partial(answer, max_new_tokens=args.max_new_tokens)
+        dola = {"alpha": DEFAULT_ALPHA if args.alpha is None else args.alpha}
+        check_alpha(dola["alpha"])
+        if args.candidate_layers is not None:
+            function, dola["candidate_layers"] = answer_with_dola, args.candidate_layers
+        else:
+            function, dola["layer"] = answer_with_dola_static, args.layer
+            dola["layer_ratio"] = DEFAULT_LAYER_RATIO if args.layer_ratio is None else args.layer_ratio
+    check_gamma(args.gamma)
+    return partial(function, **dola, gamma=args.gamma, norm=not args.no_norm, max_new_tokens=args.max_new_tokens)
 
 
 def main() -> None:
@@ -303,7 +383,7 @@ def main() -> None:
 
     parser = build_parser()
     args = parser.parse_args()
-    way = way_to_answer(parser, args)
+    function = answer_function(parser, args)
     if args.questions:
         questions = read_questions(args.questions, args.candidates or ())
     else:
@@ -314,27 +394,22 @@ def main() -> None:
     tau = None
     if lists:
         siglip, tokenizer = find_text_encoder(args.model, args.text_encoder)
-        tau = own_tau(siglip) if args.tau is None else args.tau
+        tau = siglip_temperature(siglip) if args.tau is None else args.tau
         for texts in lists:
             bank = build_text_bank(siglip, tokenizer, texts)
             vision[texts] = {"candidates": texts, "text_bank": bank, "tau": tau}
 
     def ask(question: Question) -> str:
         images = [question.folder / image for image in question.images]
-        return way(model, processor, images, question.text, **vision.get(question.candidates, {})).removeprefix(" ")
+        return function(model, processor, images, question.text, **vision.get(question.candidates, {})).removeprefix(
+            " "
+        )
 
     if args.question:
         print(ask(questions[0]))
         return
-    weight = model.get_input_embeddings().weight
-    settings = {
-        "model": JANUS_TINY.name if args.model == str(JANUS_TINY) else args.model,
-        "way": way.func.__name__,
-        **{name: asdict(value) if isinstance(value, DoLaSwitches) else value for name, value in way.keywords.items()},
-        "tau": tau,
-        "dtype": str(weight.dtype).removeprefix("torch."),
-        "device": weight.device.type,
-    }
+    decoding = {name: asdict(x) if isinstance(x, DoLaSwitches) else x for name, x in function.keywords.items()}
+    settings = run_settings(args, model) | {"tau": tau, **decoding}
     log = RunLog(Path(args.outdir) / "answers.jsonl", settings, args.overwrite)
     for i, question in enumerate(questions):
         if i in log.entries and question.record != {key: log.entries[i][0].get(key) for key in question.record}:

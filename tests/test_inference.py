@@ -89,9 +89,10 @@ def test_early_exit_gives_the_tokens_of_a_plain_loop(golden):
 
 
 def test_off_means_the_reference_answer(golden, bank):
-    usual = {"max_new_tokens": 24, "return_tokens": True}
+    usual: dict[str, Any] = {"max_new_tokens": 24, "return_tokens": True}
     off = DoLaSwitches(use_dola_lm_static=False, lambda_mm=0.0)
     vision = {"candidates": CANDIDATES, "text_bank": bank}
+    way: Any
     for way in (
         lambda *a: answer_with_dola_static(*a, layer=2, use_dola=False, **usual),
         lambda *a: answer_with_dola_static(*a, layer=6, **usual),
@@ -167,7 +168,7 @@ def test_rerank_mapping_dola_and_fusion_give_the_tokens_of_a_plain_loop(golden, 
 
 
 def test_lambda_0_gives_the_tokens_of_no_fusion(golden, bank):
-    usual = {"max_new_tokens": 24, "return_tokens": True}
+    usual: dict[str, Any] = {"max_new_tokens": 24, "return_tokens": True}
     switches = DoLaSwitches(lambda_mm=0.0, fixed_layer_llm=3)
     _, tokens = answer_with_switches(
         golden.model, golden.processor, SAMPLE, QUESTION, switches, candidates=CANDIDATES, text_bank=bank, **usual
@@ -184,7 +185,7 @@ def test_lambda_0_gives_the_tokens_of_no_fusion(golden, bank):
         ({"images": []}, "need an image"),
         ({"candidates": ["a", " ", "b"]}, "candidate ' ' has no token"),
         ({"tau": -1.0}, "tau must be positive and finite, got -1.0"),
-        ({"switches": DoLaSwitches(fixed_layer_vit=9)}, r"layers are 1\.\.4, got \[9\]"),
+        ({"switches": DoLaSwitches(fixed_layer_vit=9)}, r"layer must be in 1\.\.4, got 9"),
         ({"switches": DoLaSwitches(fixed_layer_llm=9)}, r"layer must be in 1\.\.6, got 9"),
         ({"miss": 2.0}, "miss must be None"),
     ],
@@ -251,7 +252,8 @@ def test_the_command_prints_the_reference_answer(golden, monkeypatch, capsys):
         (["--layer", 3, "--alpha", 0], lambda *a, **k: answer_with_dola_static(*a, layer=3, alpha=0.0, **k)),
         (["--layer_ratio", 0.5], lambda *a, **k: answer_with_dola_static(*a, layer_ratio=0.5, **k)),
         (["--candidate_layers", "2,4"], lambda *a, **k: answer_with_dola(*a, candidate_layers=[2, 4], **k)),
-        (["--no_dola"], answer),
+        (["--layer", 3, "--no_norm"], lambda *a, **k: answer_with_dola_static(*a, layer=3, norm=False, **k)),
+        (["--apc-only"], lambda *a, **k: answer_with_dola_static(*a, gamma=0.0, **k)),
     ],
 )
 def test_its_options_are_those_of_the_functions(golden, monkeypatch, capsys, options, way):
@@ -408,5 +410,5 @@ def test_janus_tiny_reads_a_drawing_with_and_without_the_vision_prior(monkeypatc
     bank, pixels = inference.build_text_bank(siglip, tokenizer, captions), torch.from_numpy(scenes.render(scene))
     images = pixels.permute(2, 0, 1)[None].float() / 127.5 - 1
     for layer in (5, 6):
-        p_hat = rerank_with_dola_static_siglip(tower, images, bank, layer, tau=inference.own_tau(siglip))
+        p_hat = rerank_with_dola_static_siglip(tower, images, bank, layer, tau=inference.siglip_temperature(siglip))
         assert captions[p_hat.argmax()] == scene.caption

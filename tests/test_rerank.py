@@ -18,10 +18,10 @@ from janus.dola.files import load_image
 from janus.dola.rerank import (
     build_probs_from_rep,
     build_text_bank,
-    own_tau,
     pooled_features,
     rerank_with_dola_siglip,
     rerank_with_dola_static_siglip,
+    siglip_temperature,
     tower_depth,
 )
 from janus.dola.switches import DoLaSwitches
@@ -31,7 +31,7 @@ class FeatureTower:
     """timm's two methods over "images" `[batch, layers, width]` that are the features themselves."""
 
     def __init__(self, depth: int):
-        self.blocks = [None] * depth
+        self.blocks, self.norm = [None] * depth, nn.Identity()
 
     def get_intermediate_layers(self, x, n, reshape=False, return_prefix_tokens=False, norm=False):
         return [x[:, i, None] for i in range(len(self.blocks)) if i in n]
@@ -250,8 +250,8 @@ def test_half_precision_and_tiny_temperatures_leave_no_row_empty(dtype: torch.dt
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layer": 0}, r"layers are 1\.\.3, got \[0\]"),
-        ({"layer": 4}, r"layers are 1\.\.3, got \[4\]"),
+        ({"layer": 0}, r"layer must be in 1\.\.3, got 0"),
+        ({"layer": 4}, r"layer must be in 1\.\.3, got 4"),
         ({"text_bank": torch.randn(2, 5)}, r"width 5, the image features have width 8"),
         ({"text_bank": torch.randn(0, 8)}, "no candidates"),
         ({"tau": 0.0}, r"tau must be positive and finite, got 0\.0"),
@@ -344,9 +344,9 @@ def test_the_command_ranks_as_the_functions_do(
     bank, tower = build_text_bank(model, tokenizer, TEXTS), golden.model.vision_model.vision_tower
     alpha = 0.0 if "--alpha" in options else 0.1
     if layer is None:
-        p_hat, layers = rerank_with_dola_siglip(tower, images, bank, alpha, own_tau(model), [1, 2])
+        p_hat, layers = rerank_with_dola_siglip(tower, images, bank, alpha, siglip_temperature(model), [1, 2])
     else:
-        p_hat = rerank_with_dola_static_siglip(tower, images, bank, layer, alpha, own_tau(model))
+        p_hat = rerank_with_dola_static_siglip(tower, images, bank, layer, alpha, siglip_temperature(model))
         layers = torch.full((2,), layer)
     written = json.loads(Path("out.json").read_text())
     assert [entry["layer"] for entry in written] == layers.tolist()
@@ -371,8 +371,8 @@ def test_candidates_may_come_from_a_file(monkeypatch, capsys, tmp_path, text_enc
     [
         ({"--images": __file__}, f"{__file__}: not an image"),
         ({"--images": "none.png"}, "none.png: file not found"),
-        ({"--layer": 9}, "the tower's layers are 1..4, got [9]"),
-        ({"--layer": 0}, "fixed_layer_vit must be at least 1, got 0"),
+        ({"--layer": 9}, "layer must be in 1..4, got 9"),
+        ({"--layer": 0}, "layer must be in 1..4, got 0"),
         ({"--tau": 0}, "tau must be positive and finite, got 0.0"),
         ({"--alpha": 7}, "alpha_V must be in [0, 1], got 7.0"),
         ({"--candidates": " "}, "candidate ' ' has no token"),

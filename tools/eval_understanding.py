@@ -24,9 +24,9 @@ from janus.dola.loading import load_pretrained_model
 from janus.dola.rerank import (
     build_text_bank,
     find_text_encoder,
-    own_tau,
     rerank_with_dola_siglip,
     rerank_with_dola_static_siglip,
+    siglip_temperature,
     tower_depth,
     vision_layer,
 )
@@ -69,7 +69,12 @@ def question_rows(model, processor, siglip, tokenizer, switches: DoLaSwitches) -
         changed = replace(switches, **changes)
 
         def way(kind: str, image: Image.Image, question: str) -> Any:
-            vision = {"candidates": CANDIDATES[kind], "text_bank": banks[kind], "tau": own_tau(siglip), "miss": miss}
+            vision = {
+                "candidates": CANDIDATES[kind],
+                "text_bank": banks[kind],
+                "tau": siglip_temperature(siglip),
+                "miss": miss,
+            }
             return answer_with_switches(model, processor, image, question, changed, **vision, max_new_tokens=20)
 
         return way
@@ -95,7 +100,7 @@ def tower_table(
     model, processor, siglip, tokenizer, switches: DoLaSwitches, count: int, noise: float
 ) -> dict[str, dict[str, Rate]]:
     """What the tower ranks first: row -> split -> how often it is true of the drawing."""
-    tower, tau = model.vision_model.vision_tower, own_tau(siglip)
+    tower, tau = model.vision_model.vision_tower, siglip_temperature(siglip)
     depth = tower_depth(tower)
     rates: dict[str, dict[str, Rate]] = {}
     for split in SPLITS:
@@ -162,7 +167,7 @@ def main() -> None:
     ]
     used = {
         "fixed_layer_vit": vision_layer(model.vision_model.vision_tower, switches),
-        "tau": round(own_tau(siglip), 4),
+        "tau": round(siglip_temperature(siglip), 4),
     }
     used |= {name: value for name, value in asdict(switches).items() if value is not None}
     if args.json:

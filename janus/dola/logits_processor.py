@@ -7,11 +7,13 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
 from dola_runtime import (
+    DEFAULT_ALPHA,
+    DEFAULT_LAYER_RATIO,
+    check_alpha,
+    check_gamma,
     compute_logprobs_from_hidden,
-    contrast_with_apc_from_logprobs,
-    pick_static_layer_index,
-    sanitize_candidate_layers,
-    select_layer_by_jsd,
+    contrast_layers,
+    pick_contrast_layers,
 )
 from janus.dola.decoder_parts import find_decoder_parts
 
@@ -38,6 +40,7 @@ class DoLaLogitsProcessor(LogitsProcessor):
         layer: contrast layer as `hidden_states` counts, in 1..N; N is the bypass. Default: `layer_ratio` of the depth.
         candidate_layers: early exit instead of a fixed layer: per row and step the candidate furthest from layer N.
         alpha: plausibility, in [0, 1].
+        gamma: the contrast's weight; 1 is DoLa, 0 leaves the mask alone and reads no layer.
         norm: read the contrast layer through LN_out; False reads it as it is, as the DoLa paper's code does.
         use_dola: False leaves every score as it is.
 
@@ -51,30 +54,23 @@ class DoLaLogitsProcessor(LogitsProcessor):
         model: PreTrainedModel,
         *,
         layer: int | None = None,
-        layer_ratio: float = 0.8,
+        layer_ratio: float = DEFAULT_LAYER_RATIO,
         candidate_layers: Sequence[int] | None = None,
-        alpha: float = 0.1,
+        alpha: float = DEFAULT_ALPHA,
+        gamma: float = 1.0,
         norm: bool = True,
         use_dola: bool = True,
     ):
         parts = find_decoder_parts(model)
-        num_layers = len(parts.layers)
-        if not 0.0 <= alpha <= 1.0:
-            raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-        if layer is not None and candidate_layers is not None:
-            raise ValueError(f"give layer or candidate_layers, not both: got {layer} and {list(candidate_layers)}")
-        if layer is not None and not 1 <= layer <= num_layers:
-            raise ValueError(f"layer must be in 1..{num_layers}, got {layer}")
-        if candidate_layers is not None:
-            self.layers = sanitize_candidate_layers(candidate_layers, num_layers)
-        else:
-            self.layers = [pick_static_layer_index(num_layers, layer_ratio) if layer is None else layer]
-        if not use_dola or self.layers == [num_layers]:
-            self.layers = []
+        check_alpha(alpha)
+        check_gamma(gamma)
+        layers = pick_contrast_layers(len(parts.layers), layer, layer_ratio, candidate_layers)
+        self.on = use_dola and (bool(layers) or gamma == 0)
+        self.layers: tuple[int, ...] = layers if self.on and gamma != 0 else ()
         self.model = model
         self.blocks, self.phi = parts.layers, parts.phi
         self.ln_out = parts.ln_out if norm else None
-        self.alpha = alpha
+        self.alpha, self.gamma = alpha, gamma
         self._hooks = []
         self._states: dict[int, Tensor] = {}
         self._passes = 0
@@ -106,8 +102,15 @@ class DoLaLogitsProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores `[rows, vocab]` of the last layer to `log p_hat`, same shape, dtype and device."""
-        if not self.layers:
+        if not self.on:
             return scores
+        log_qN = torch.log_softmax(scores.float(), dim=-1)
+        log_qj = self._read_layers(input_ids, scores) if self.layers else log_qN[:0, None]
+        F, _, _ = contrast_layers(log_qN, log_qj, self.alpha, self.gamma)
+        return torch.log_softmax(F, dim=-1).to(scores)
+
+    def _read_layers(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """log q_j of the states that the hooks kept, `[layers, rows, vocab]`."""
         h_j = [self._states.pop(layer).to(scores.device) for layer in self.layers if layer in self._states]
         passes, self._passes = self._passes, 0
         length, self._length = self._length, input_ids.shape[1]
@@ -116,10 +119,4 @@ class DoLaLogitsProcessor(LogitsProcessor):
                 "DoLa needs the one forward pass that made these scores: call generate on the processor's own model, "
                 "inside its context (`with DoLaLogitsProcessor(model) as dola`), without guidance_scale or an assistant"
             )
-        log_qN = torch.log_softmax(scores.float(), dim=-1)
-        log_qj = compute_logprobs_from_hidden(torch.stack(h_j), self.ln_out, self.phi)
-        if len(h_j) == 1:
-            log_qj = log_qj[0]
-        else:
-            log_qj = log_qj[select_layer_by_jsd(log_qN, log_qj), torch.arange(len(scores), device=scores.device)]
-        return torch.log_softmax(contrast_with_apc_from_logprobs(log_qN, log_qj, self.alpha), dim=-1).to(scores)
+        return compute_logprobs_from_hidden(torch.stack(h_j), self.ln_out, self.phi)

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,16 @@ from torch.nn.functional import normalize as l2_normalize
 from transformers import AutoConfig, AutoTokenizer, SiglipModel
 
 from dola_runtime import (
+    DEFAULT_ALPHA,
+    check_gamma,
+    check_layer,
     compute_logprobs_from_hidden,
-    contrast_with_apc_from_logprobs,
+    contrast_layers,
     pick_static_layer_index,
     probs_from_scores,
     sanitize_candidate_layers,
-    select_layer_by_jsd,
 )
-from janus.dola.cli import CommandParser, add_model_arguments, parse_layers, run_command
+from janus.dola.cli import CommandParser, add_dola_arguments, add_model_arguments, run_command
 from janus.dola.files import load_image, write_whole
 from janus.dola.switches import DoLaSwitches
 
@@ -39,28 +42,30 @@ def tower_depth(vit) -> int:
 
 
 @torch.no_grad()
-def pooled_features(vit, images: Tensor, layers: Iterable[int]) -> Tensor:
+def pooled_features(vit, images: Tensor, layers: Iterable[int], norm: bool = True) -> Tensor:
     """Features of pixel values `[batch, 3, H, W]` at the given layers: `[layers, batch, width]`, in one forward pass.
 
-    Layers count from 1; each is read on the last one's path, final norm and then pooling head. Raises ValueError for
-    a layer outside the tower, and for a tower without a pooling head.
+    Layers count from 1; each is read on the last one's path, final norm and then pooling head. `norm=False` leaves the
+    norm out before the last layer. Raises ValueError for a layer outside the tower, and for a tower without a pooling
+    head.
     """
     layers, depth = list(layers), tower_depth(vit)
     if outside := [layer for layer in layers if not 1 <= layer <= depth]:
         raise ValueError(f"the tower's layers are 1..{depth}, got {outside}")
-    # timm answers in the order of the blocks, and pairs an output with its prefix tokens only where there are any
-    wanted = sorted(set(layers))
+    wanted = sorted(set(layers))  # timm answers in the order of the blocks
     if hasattr(vit, "get_intermediate_layers"):
-        indices = [layer - 1 for layer in wanted]
-        outputs = vit.get_intermediate_layers(images, n=indices, return_prefix_tokens=True, norm=True)
-        normed = [out if isinstance(out, Tensor) else torch.cat([out[1], out[0]], dim=1) for out in outputs]
-        pooled = [vit.forward_head(h, pre_logits=True) for h in normed]
+        outputs = vit.get_intermediate_layers(images, n=[layer - 1 for layer in wanted], return_prefix_tokens=True)
+        # timm pairs an output with its prefix tokens only where there are any
+        states = [out if isinstance(out, Tensor) else torch.cat([out[1], out[0]], dim=1) for out in outputs]
+        ln_out = vit.norm if hasattr(vit, "norm") else vit.post_layernorm
+        pool = partial(vit.forward_head, pre_logits=True)
     else:
         tower = getattr(vit, "vision_model", vit)
         if not hasattr(tower, "head"):
             raise ValueError(f"this {type(vit).__name__} has no pooling head (vision_use_head is false)")
-        states = tower(images, output_hidden_states=True).hidden_states
-        pooled = [tower.head(tower.post_layernorm(states[layer])) for layer in wanted]
+        hidden_states = tower(images, output_hidden_states=True).hidden_states
+        states, ln_out, pool = [hidden_states[layer] for layer in wanted], tower.post_layernorm, tower.head
+    pooled = [pool(ln_out(h) if norm or layer == depth else h) for layer, h in zip(wanted, states, strict=True)]
     return torch.stack([pooled[wanted.index(layer)] for layer in layers])
 
 
@@ -87,7 +92,7 @@ def find_text_encoder(model: str, text_encoder: str | None) -> tuple[Any, Any]:
     return load_text_encoder(text_encoder or Path(model) / "siglip")
 
 
-def own_tau(siglip) -> float:
+def siglip_temperature(siglip) -> float:
     """The temperature a SigLIP was trained with, `exp(-logit_scale)`."""
     return siglip.logit_scale.neg().exp().item()
 
@@ -140,30 +145,38 @@ def rerank_with_dola_static_siglip(
     images: Tensor,
     text_bank: Tensor,
     layer: int,
-    alpha: float = 0.1,
+    alpha: float = DEFAULT_ALPHA,
     tau: float = 1.0,
     normalize: bool = True,
+    gamma: float = 1.0,
+    norm: bool = True,
 ) -> Tensor:
     """p_hat `[batch, C]` of pixel values `[batch, 3, H, W]` over texts `[C, width]`, against a fixed earlier layer.
 
     `layer` is in 1..N; N is the bypass, q_N itself. `vit` is a Janus tower, a timm VisionTransformer, or transformers'
-    SiglipModel or SiglipVisionModel. Raises ValueError for a layer outside the tower, an alpha outside [0, 1], and as
+    SiglipModel or SiglipVisionModel. `gamma` is the contrast's weight (0 is APC only), `norm=False` reads the layer
+    without the final norm. Raises ValueError for a layer outside the tower, an alpha outside [0, 1], and as
     `build_probs_from_rep`. Source: plan 6, section 1.1.
     """
     depth = tower_depth(vit)
-    log_q = _candidate_logprobs(pooled_features(vit, images, [layer, depth]), text_bank, tau, normalize)
-    scores = log_q[1] if layer == depth else contrast_with_apc_from_logprobs(log_q[1], log_q[0], alpha)
-    return probs_from_scores(scores)
+    check_layer(layer, depth)
+    features = pooled_features(vit, images, [layer, depth], norm)
+    log_qj, log_qN = _candidate_logprobs(features, text_bank, tau, normalize)
+    if layer == depth:
+        return log_qN.exp()
+    return probs_from_scores(contrast_layers(log_qN, log_qj[None], alpha, gamma)[0])
 
 
 def rerank_with_dola_siglip(
     vit,
     images: Tensor,
     text_bank: Tensor,
-    alpha: float = 0.1,
+    alpha: float = DEFAULT_ALPHA,
     tau: float = 1.0,
     candidate_layers: Sequence[int] = (18, 20, 22),
     normalize: bool = True,
+    gamma: float = 1.0,
+    norm: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Early exit: p_hat `[batch, C]`, and the layer (counted from 1) each image was contrasted with, `[batch]` int64.
 
@@ -172,12 +185,11 @@ def rerank_with_dola_siglip(
     """
     depth = tower_depth(vit)
     layers = sanitize_candidate_layers(candidate_layers, depth)
-    log_q = _candidate_logprobs(pooled_features(vit, images, [*layers, depth]), text_bank, tau, normalize)
-    log_qj, log_qN = log_q[:-1], log_q[-1]
-    choice = select_layer_by_jsd(log_qN, log_qj)
-    log_qj = log_qj[choice, torch.arange(len(choice), device=choice.device)]
-    p_hat = probs_from_scores(contrast_with_apc_from_logprobs(log_qN, log_qj, alpha))
-    return p_hat, torch.tensor(layers, device=choice.device)[choice]
+    features = pooled_features(vit, images, [*layers, depth], norm)
+    log_q = _candidate_logprobs(features, text_bank, tau, normalize)
+    scores, _, choice = contrast_layers(log_q[-1], log_q[:-1], alpha, gamma)
+    choice = torch.zeros_like(scores[:, 0], dtype=torch.long) if choice is None else choice
+    return probs_from_scores(scores), torch.tensor(layers, device=choice.device)[choice]
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -202,16 +214,10 @@ def build_parser() -> CommandParser:
     add("--candidates", nargs="+", required=True, metavar="TEXT", help="texts to rank, or @FILE with one per line")
     add("--text_encoder", help="SiglipModel that embeds the texts: directory or hub id (default: siglip/ in --model)")
     add("--json", type=Path, metavar="FILE", help="write the ranking there too (default: terminal only)")
-    add_model_arguments(parser)
-    dola = parser.add_argument_group("DoLa")
-    add = dola.add_mutually_exclusive_group().add_argument
-    add("--layer", type=int, help="fixed contrast layer, 1..N; N is no contrast (default: 0.8 of the depth)")
-    add("--candidate_layers", type=parse_layers, help="early exit among these, as 18,20,22 (default: fixed layer)")
+    add("--tau", type=float, help="temperature, above 0 (default: the text encoder's exp(-logit_scale))")
     add("--no_dola", action="store_true", help="rank by the last layer alone (default: DoLa)")
-    dola.add_argument("--alpha", type=float, help="plausibility threshold, 0..1 (default: 0.1)")
-    dola.add_argument("--tau", type=float, help="temperature, above 0 (default: the text encoder's exp(-logit_scale))")
-    dola.add_argument("--config", metavar="FILE", help="switches as JSON; what is given here goes before them")
-    dola.add_argument("--domain", help="a domain of --config (default: its own switches)")
+    add_model_arguments(parser)
+    add_dola_arguments(parser, "0.8 of the depth")
     return parser
 
 
@@ -222,26 +228,34 @@ def main() -> None:
     args = parser.parse_args()
     if args.domain is not None and args.config is None:
         parser.error("--domain needs --config")
-    on = False if args.no_dola else True if args.layer else None
-    given = {"fixed_layer_vit": args.layer, "alpha_V": args.alpha, "use_dola_siglip_static": on}
     switches = DoLaSwitches.from_json(args.config, args.domain) if args.config else DoLaSwitches()
-    switches = replace(switches, **{name: value for name, value in given.items() if value is not None})
+    if args.alpha is not None:
+        switches = replace(switches, alpha_V=args.alpha)
+    check_gamma(args.gamma)
     pictures = [load_image(path) for path in args.images]
     _, processor, model = load_pretrained_model(args.model, args.dtype, args.device)
     siglip, tokenizer = find_text_encoder(args.model, args.text_encoder)
-    tau = own_tau(siglip) if args.tau is None else args.tau
+    tau = siglip_temperature(siglip) if args.tau is None else args.tau
     bank = build_text_bank(siglip, tokenizer, args.candidates)
 
     tower, ranked = model.vision_model.vision_tower, []
+    layer, contrast = vision_layer(tower, switches), {"gamma": args.gamma, "norm": not args.no_norm}
+    if args.no_dola:
+        layer = tower_depth(tower)
+    elif args.layer is not None:
+        layer = args.layer
+    elif args.layer_ratio is not None:
+        layer = pick_static_layer_index(tower_depth(tower), args.layer_ratio)
     weight = next(tower.parameters())
     for start in range(0, len(pictures), IMAGES_PER_BATCH):
         images = processor.image_processor(pictures[start : start + IMAGES_PER_BATCH]).to(weight.device, weight.dtype)
         if args.candidate_layers is None:
-            layer = vision_layer(tower, switches)
-            p_hat = rerank_with_dola_static_siglip(tower, images, bank, layer, switches.alpha_V, tau)
+            p_hat = rerank_with_dola_static_siglip(tower, images, bank, layer, switches.alpha_V, tau, **contrast)
             layers = [layer] * len(images)
         else:
-            p_hat, chosen = rerank_with_dola_siglip(tower, images, bank, switches.alpha_V, tau, args.candidate_layers)
+            p_hat, chosen = rerank_with_dola_siglip(
+                tower, images, bank, switches.alpha_V, tau, args.candidate_layers, **contrast
+            )
             layers = chosen.tolist()
         for path, row, layer in zip(args.images[start:], p_hat.tolist(), layers, strict=False):
             ranking = sorted(zip(row, args.candidates, strict=True), key=lambda pair: -pair[0])

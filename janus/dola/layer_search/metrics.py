@@ -27,7 +27,7 @@ from dola_runtime import (
 from generation_inference import chat_roles, format_image_prompt, pack_prompts
 from janus.dola.decoder_parts import find_decoder_parts
 from janus.dola.files import load_image, read_text
-from janus.dola.rerank import build_text_bank, own_tau, pooled_features, tower_depth
+from janus.dola.rerank import build_text_bank, pooled_features, siglip_temperature, tower_depth
 from janus.dola.scoring import (
     ContinuationScores,
     TeacherForced,
@@ -247,7 +247,7 @@ def tower_task(vit, image_processor, siglip, tokenizer, examples: Sequence[Examp
     """
     texts = list(dict.fromkeys(text for example in examples for text in example["candidates"]))
     row_of = {text: row for row, text in enumerate(texts)}
-    weight, depth, tau = next(vit.parameters()), tower_depth(vit), own_tau(siglip)
+    weight, depth, tau = next(vit.parameters()), tower_depth(vit), siglip_temperature(siglip)
     text_bank = l2_normalize(build_text_bank(siglip, tokenizer, texts).to(weight.device).float(), dim=-1)
 
     def read(examples: Sequence[Example]) -> Iterator[Reading]:
