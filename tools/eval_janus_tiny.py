@@ -19,24 +19,24 @@ from transformers import AutoTokenizer, SiglipModel
 
 from generation_inference import (
     Decoding,
-    chat_roles,
     default_guidance,
     format_image_prompt,
     sample_image_tokens,
     tokens_to_images,
 )
+from inference import format_question
+from janus.dola.inputs import embed_inputs
 from janus.dola.loading import load_pretrained_model
 from janus.dola.logits_processor import DoLaLogitsProcessor
 from janus.models import MultiModalityCausalLM, VLChatProcessor
-from janus.utils.conversation import SYSTEM_PROMPT, render_conversation
 from tools import scenes
 from tools.scenes import Scene
 
 LAYERS, ALPHAS, GUIDANCE = (2, 4, 6, 7), (0.1, 0.5), (1.0, 3.0, 5.0)
-EVERY = {"one object": scenes.one_object_scenes(), "two objects": scenes.two_object_scenes()}
+GRAMMAR = {"one object": scenes.one_object_scenes(), "two objects": scenes.two_object_scenes()}
 SPLITS = {
-    f"{kind}, {name}": [scene for scene in every if scenes.is_held_out(scene) == held_out]
-    for kind, every in EVERY.items()
+    f"{kind}, {name}": [scene for scene in of_kind if scenes.is_held_out(scene) == held_out]
+    for kind, of_kind in GRAMMAR.items()
     for name, held_out in (("seen", False), ("held out", True))
 }
 
@@ -61,10 +61,10 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def some(every: list[Scene], count: int, seed: int) -> list[Scene]:
+def sample_scenes(scenes_of_kind: list[Scene], count: int, seed: int) -> list[Scene]:
     """`count` scenes in random order; a shorter list is gone through again."""
-    order = np.random.default_rng(seed).permutation(len(every))
-    return [every[order[k % len(every)]] for k in range(count)]
+    order = np.random.default_rng(seed).permutation(len(scenes_of_kind))
+    return [scenes_of_kind[order[k % len(scenes_of_kind)]] for k in range(count)]
 
 
 def count_read(images: Sequence[np.ndarray], wanted: Sequence[Scene]) -> Rate:
@@ -111,19 +111,11 @@ def answers(
     model: MultiModalityCausalLM, processor: VLChatProcessor, asked: Sequence[tuple[np.ndarray, str]], layer: int | None
 ) -> list[str]:
     """Greedy answers to (image, question) pairs; with DoLa where a layer is given."""
-    user, assistant = chat_roles(processor.tokenizer)
-    prompts = []
-    for image, question in asked:
-        messages = [
-            {"role": user, "content": f"{processor.image_tag}\n{question}"},
-            {"role": assistant, "content": ""},
-        ]
-        prompts.append((render_conversation(messages, SYSTEM_PROMPT), [Image.fromarray(image)]))
-    batch = processor.batchify(prompts)
+    batch = processor.batchify([(format_question(processor, q), [Image.fromarray(image)]) for image, q in asked])
     dola = None if layer is None else DoLaLogitsProcessor(model.language_model, layer=layer)
     with dola or nullcontext():
         ids = model.language_model.generate(  # pyright: ignore[reportAttributeAccessIssue]
-            inputs_embeds=model.prepare_inputs_embeds(**vars(batch)),
+            inputs_embeds=embed_inputs(model, batch),
             attention_mask=batch.attention_mask,
             max_new_tokens=20,
             do_sample=False,
@@ -139,10 +131,10 @@ def question_rates(
 ) -> dict[str, dict[str, Rate]]:
     """Split -> kind of question -> rate, each kind and "all"; `count` questions a split."""
     rates: dict[str, dict[str, Rate]] = {}
-    for split, every in SPLITS.items():
+    for split, in_split in SPLITS.items():
         rng = np.random.default_rng(2)
         asked = []
-        for scene in some(every, count, seed=2):
+        for scene in sample_scenes(in_split, count, seed=2):
             about = scenes.questions(scene)
             asked.append((scenes.draw(scene, rng), *about[rng.integers(len(about))]))
         given = answers(model, processor, [(image, question) for image, _, question, _ in asked], layer)
@@ -161,14 +153,14 @@ def tower_rates(directory: Path, model: MultiModalityCausalLM, count: int) -> di
     text_model = SiglipModel.from_pretrained(directory / "siglip", dtype=torch.float32).text_model
     tokenizer = AutoTokenizer.from_pretrained(directory / "siglip")
     tower, rates = model.vision_model.vision_tower, {}
-    for kind, every in EVERY.items():
-        captions = [scene.caption for scene in every]
+    for kind, of_kind in GRAMMAR.items():
+        captions = [scene.caption for scene in of_kind]
         ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
         bank = torch.cat([text_model(chunk).pooler_output for chunk in ids.split(512)])
         bank = torch.nn.functional.normalize(bank, dim=-1)
         for split in (name for name in SPLITS if name.startswith(kind)):
             rng = np.random.default_rng(3)
-            shown = some(SPLITS[split], count, seed=3)
+            shown = sample_scenes(SPLITS[split], count, seed=3)
             features = tower(to_pixels([scenes.draw(scene, rng) for scene in shown])).pooler_output
             best = (features @ bank.T).argmax(-1).tolist()
             right = sum(captions[k] == scene.caption for k, scene in zip(best, shown, strict=True))
@@ -179,7 +171,9 @@ def tower_rates(directory: Path, model: MultiModalityCausalLM, count: int) -> di
 def grid(model: MultiModalityCausalLM, processor: VLChatProcessor, layer: int, path: Path) -> None:
     """A dozen prompts, six of each kind, four of them held out; baseline above, DoLa below, at the own guidance."""
     wanted = [
-        scene for split, count in zip(SPLITS, (4, 2, 4, 2), strict=True) for scene in some(SPLITS[split], count, 5)
+        scene
+        for split, count in zip(SPLITS, (4, 2, 4, 2), strict=True)
+        for scene in sample_scenes(SPLITS[split], count, 5)
     ]
     cfg_weight = default_guidance(model)
     decodings = Decoding(cfg_weight=cfg_weight), Decoding((layer,), cfg_weight=cfg_weight)
@@ -193,8 +187,8 @@ def grid(model: MultiModalityCausalLM, processor: VLChatProcessor, layer: int, p
 def judge_rates(model: MultiModalityCausalLM, processor: VLChatProcessor, count: int) -> dict[str, dict[str, Rate]]:
     """How often the judge reads a drawing, and its VQ reconstruction, as what was drawn."""
     rates: dict[str, dict[str, Rate]] = {"real drawings": {}, "VQ reconstructions": {}}
-    for split, every in SPLITS.items():
-        rng, wanted = np.random.default_rng(1), some(every, count, seed=1)
+    for split, in_split in SPLITS.items():
+        rng, wanted = np.random.default_rng(1), sample_scenes(in_split, count, seed=1)
         drawings = [scenes.draw(scene, rng) for scene in wanted]
         rates["real drawings"][split] = count_read(drawings, wanted)
         rates["VQ reconstructions"][split] = count_read(reconstruct(model, processor, drawings), wanted)
@@ -206,8 +200,8 @@ def painting_rates(
 ) -> tuple[dict[str, Rate], float]:
     """Split -> how often a prompt is met, and the mean distance of the images to their nearest drawings."""
     rates, distances = {}, []
-    for split, every in SPLITS.items():
-        wanted = some(every, count, seed=0)
+    for split, in_split in SPLITS.items():
+        wanted = sample_scenes(in_split, count, seed=0)
         read = [scenes.judge(image) for image in paint(model, processor, wanted, decoding)]
         rates[split] = (sum(scene == other for (scene, _), other in zip(read, wanted, strict=True)), count)
         distances += [distance for _, distance in read]
@@ -229,7 +223,7 @@ def main() -> None:
     parser.add_argument("--grid", type=Path, help="where to write a picture of a dozen prompts")
     args = parser.parse_args()
     _, processor, model = load_pretrained_model(args.model, dtype="float32", device="cpu")
-    own, many = default_guidance(model), 2 * args.count
+    guidance, many = default_guidance(model), 2 * args.count
     header = ["", *SPLITS, "together"]
 
     judged = judge_rates(model, processor, args.count)
@@ -248,9 +242,9 @@ def main() -> None:
     rows = [[name, *cells({split: rates["all"] for split, rates in of.items()})] for name, of in asked.items()]
     print(markdown(header, rows), "\n")
 
-    at_own, distance = painting_rates(model, processor, Decoding(cfg_weight=own), many)
+    at_own, distance = painting_rates(model, processor, Decoding(cfg_weight=guidance), many)
     print(f"Images at the checkpoint's own guidance, {many} prompts per split, temperature 1: prompts met exactly, %\n")
-    print(markdown([*header, "distance"], [[f"baseline, cfg {own:g}", *cells(at_own), f"{distance:.1f}"]]), "\n")
+    print(markdown([*header, "distance"], [[f"baseline, cfg {guidance:g}", *cells(at_own), f"{distance:.1f}"]]), "\n")
 
     painted, rows = {}, []
     jobs = [(w, name, decoding) for w in GUIDANCE for name, decoding in variants(w).items()]
@@ -266,7 +260,7 @@ def main() -> None:
             "judge": judged,
             "tower": tower,
             "questions": asked,
-            f"baseline, cfg {own:g}": at_own,
+            f"baseline, cfg {guidance:g}": at_own,
             "images": painted,
         }
         args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -32,7 +32,7 @@ from janus.dola.rerank import (
 )
 from janus.dola.switches import DoLaSwitches
 from tools import scenes
-from tools.eval_janus_tiny import EVERY, SPLITS, Rate, markdown, percent, some
+from tools.eval_janus_tiny import GRAMMAR, SPLITS, Rate, markdown, percent
 from tools.scenes import Scene
 
 CANDIDATES = {"colour": tuple(scenes.COLOURS), "shape": scenes.SHAPES, "relation": tuple(scenes.COLOURS)}
@@ -49,9 +49,9 @@ def take_picture(scene: Scene, rng: np.random.Generator, noise: float) -> Image.
 def sample_questions(count: int, noise: float) -> list[dict[str, Any]]:
     """`count` questions of each split on fresh drawings, of the kinds that have candidates."""
     asked = []
-    for split, every in SPLITS.items():
+    for split, in_split in SPLITS.items():
         rng = np.random.default_rng(4)
-        for scene in some(every, count, seed=4):
+        for scene in sample_scenes(in_split, count, seed=4):
             about = [(kind, q, a) for kind, q, a in scenes.questions(scene) if kind in CANDIDATES]
             kind, question, expected = about[rng.integers(len(about))]
             image = take_picture(scene, rng, noise)
@@ -68,7 +68,7 @@ def question_rows(model, processor, siglip, tokenizer, switches: DoLaSwitches) -
         miss = changes.pop("miss", None)
         changed = replace(switches, **changes)
 
-        def way(kind: str, image: Image.Image, question: str) -> Any:
+        def answer_question(kind: str, image: Image.Image, question: str) -> Any:
             vision = {
                 "candidates": CANDIDATES[kind],
                 "text_bank": banks[kind],
@@ -77,7 +77,7 @@ def question_rows(model, processor, siglip, tokenizer, switches: DoLaSwitches) -
             }
             return answer_with_switches(model, processor, image, question, changed, **vision, max_new_tokens=20)
 
-        return way
+        return answer_question
 
     def plain(function: Callable, **options) -> Callable[..., Any]:
         return lambda kind, *asked: function(model, processor, *asked, max_new_tokens=20, **options)
@@ -104,9 +104,9 @@ def tower_table(
     depth = tower_depth(tower)
     rates: dict[str, dict[str, Rate]] = {}
     for split in SPLITS:
-        rng, shown = np.random.default_rng(3), some(SPLITS[split], count, seed=3)
+        rng, shown = np.random.default_rng(3), sample_scenes(SPLITS[split], count, seed=3)
         images = processor.image_processor([take_picture(scene, rng, noise) for scene in shown])
-        captions = [scene.caption for scene in EVERY[split.split(",")[0]]]
+        captions = [scene.caption for scene in GRAMMAR[split.split(",")[0]]]
         groups = {
             "captions": (captions, [{scene.caption} for scene in shown]),
             "colours": (list(scenes.COLOURS), [{colour for colour, _ in scene.objects} for scene in shown]),
@@ -148,8 +148,10 @@ def main() -> None:
 
     asked = sample_questions(args.count, args.noise)
     given: dict[str, list[str]] = {}
-    for name, way in tqdm(question_rows(model, processor, siglip, tokenizer, switches).items(), desc="questions"):
-        given[name] = [way(q["kind"], q["image"], q["question"]) for q in asked]
+    for name, answer_question in tqdm(
+        question_rows(model, processor, siglip, tokenizer, switches).items(), desc="questions"
+    ):
+        given[name] = [answer_question(q["kind"], q["image"], q["question"]) for q in asked]
         rates: dict[str, Rate] = {}
         for q, text in zip(asked, given[name], strict=True):
             for column in (q["split"], q["kind"]):

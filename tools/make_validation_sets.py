@@ -13,8 +13,8 @@ from PIL import Image
 from tools import scenes
 
 ONE, TWO = (
-    [scene for scene in every if scenes.is_held_out(scene)]
-    for every in (scenes.one_object_scenes(), scenes.two_object_scenes())
+    [scene for scene in of_kind if scenes.is_held_out(scene)]
+    for of_kind in (scenes.one_object_scenes(), scenes.two_object_scenes())
 )
 
 
@@ -27,8 +27,8 @@ def main() -> None:
     rng = np.random.default_rng(0)
     around = range(-scenes.JITTER, scenes.JITTER + 1)
     two, one = (
-        rng.permutation([(k, dx, dy) for k in range(len(every)) for dx in around for dy in around]).tolist()
-        for every in (TWO, ONE)
+        rng.permutation([(k, dx, dy) for k in range(len(of_kind)) for dx in around for dy in around]).tolist()
+        for of_kind in (TWO, ONE)
     )
     lines: dict[str, list[dict[str, str]]] = {"image": [], "answers": [], "tower": []}
     for i in range(args.count):  # no drawing twice

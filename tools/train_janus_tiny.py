@@ -31,8 +31,9 @@ from transformers import (
 )
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
+from generation_inference import format_image_prompt, render_chat
 from janus.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor
-from janus.utils.conversation import EOS, SYSTEM_PROMPT, render_conversation
+from janus.utils.conversation import EOS, SYSTEM_PROMPT
 from tools import scenes
 from tools.scenes import Scene
 
@@ -99,8 +100,8 @@ def rng_at(stage: str, step: int) -> np.random.Generator:
     return np.random.default_rng([SEED, sum(stage.encode()), step])
 
 
-def seen(every: list[Scene]) -> list[Scene]:
-    return [scene for scene in every if not scenes.is_held_out(scene)]
+def seen(of_kind: list[Scene]) -> list[Scene]:
+    return [scene for scene in of_kind if not scenes.is_held_out(scene)]
 
 
 ONE, TWO = seen(scenes.one_object_scenes()), seen(scenes.two_object_scenes())
@@ -475,8 +476,7 @@ def encode_drawings(vq: VQ, path: Path) -> tuple[list[Scene], Tensor, int]:
 def render_question(processor: VLChatProcessor, question: str, answer: str) -> tuple[str, str]:
     """A conversation about one image, up to where its question begins, and from there on."""
     head = f"{processor.image_tag}\n"
-    messages = [{"role": ROLES[0], "content": head + question}, {"role": ROLES[1], "content": answer}]
-    before, after = render_conversation(messages, SYSTEM_PROMPT).split(head)
+    before, after = render_chat(processor, [head + question, answer], processor.system_prompt).split(head)
     return before + head, after
 
 
@@ -538,8 +538,7 @@ def train_llama(
     before_question, _ = render_question(processor, "What?", "")
 
     def prompt_ids(scene: Scene) -> list[int]:
-        messages = [{"role": ROLES[0], "content": scene.caption}, {"role": ROLES[1], "content": ""}]
-        return processor.tokenizer.encode(render_conversation(messages) + processor.image_start_tag)
+        return processor.tokenizer.encode(format_image_prompt(processor, scene.caption))
 
     def painting_loss(rng: np.random.Generator) -> Tensor:
         """Text to image: 32 prompts, a tenth of them blanked as guidance blanks them."""
