@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from tools import scenes
-from tools.eval_janus_tiny import SPLITS, count_read, markdown, percent, some, wilson
+from tools.eval_janus_tiny import SPLITS, count_read, markdown, percent, sample_scenes, wilson
 
 
 def test_wilson_is_the_textbook_interval_and_stays_within_0_and_1():
@@ -18,13 +18,13 @@ def test_the_splits_hold_every_scene_once():
 
 def test_a_sample_repeats_itself_for_a_seed_and_goes_round_a_short_list():
     every = SPLITS["one object, held out"]
-    sample = some(every, 40, seed=1)
-    assert sample == some(every, 40, seed=1)
+    sample = sample_scenes(every, 40, seed=1)
+    assert sample == sample_scenes(every, 40, seed=1)
     assert set(sample[:29]) == set(every) and sample[29:] == sample[:11]
 
 
 def test_only_the_image_of_the_scene_itself_counts():
-    first, second = some(SPLITS["two objects, seen"], 2, seed=3)
+    first, second = sample_scenes(SPLITS["two objects, seen"], 2, seed=3)
     images = [scenes.draw(first, np.random.default_rng(0)), scenes.draw(first, np.random.default_rng(1))]
     assert count_read(images, [first, second]) == (1, 2)
 

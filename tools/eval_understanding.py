@@ -32,7 +32,7 @@ from janus.dola.rerank import (
 )
 from janus.dola.switches import DoLaSwitches
 from tools import scenes
-from tools.eval_janus_tiny import GRAMMAR, SPLITS, Rate, markdown, percent
+from tools.eval_janus_tiny import GRAMMAR, SPLITS, Rate, markdown, percent, sample_scenes
 from tools.scenes import Scene
 
 CANDIDATES = {"colour": tuple(scenes.COLOURS), "shape": scenes.SHAPES, "relation": tuple(scenes.COLOURS)}
