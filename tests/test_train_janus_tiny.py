@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import assert_close, terms_of
 from janus.dola.cli import JANUS_TINY
 from janus.dola.loading import load_pretrained_model
 from tools import scenes
@@ -54,6 +55,7 @@ def test_packed_questions_are_read_as_each_would_be_alone():
     embeds = torch.cat([model.prepare_inputs_embeds(**vars(head)), model.get_input_embeddings()(turns.ids)], dim=1)
     backbone = model.language_model.model
     packed = backbone(inputs_embeds=embeds, attention_mask=turns.mask, position_ids=turns.position_ids)
+    terms = terms_of(model.vision_model, model.aligner, backbone)
     for row, (scene, image) in enumerate(zip(batch, images, strict=True)):
         at = before
         for _, question, answer in scenes.questions(scene):
@@ -61,7 +63,7 @@ def test_packed_questions_are_read_as_each_would_be_alone():
             alone = processor.batchify([(text, [image])])
             states = backbone(inputs_embeds=model.prepare_inputs_embeds(**vars(alone))).last_hidden_state[0, before:]
             assert torch.equal(turns.ids[row, at - before :][: len(states)], alone.input_ids[0, before:])
-            assert torch.allclose(packed.last_hidden_state[row, at:][: len(states)], states, atol=1e-4)
+            assert_close(packed.last_hidden_state[row, at:][: len(states)], states, terms)
             at += len(states)
 
 
