@@ -3,18 +3,22 @@
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel, SiglipVisionModel
+from transformers.models.janus.configuration_janus import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import (
     JanusVisionAlignerMLP,
     JanusVQVAE,
     JanusVQVAEAlignerMLP,
+    JanusVQVAEAttnBlock,
     JanusVQVAEHead,
 )
 
+from janus.dola.checkpoint_files import hub_keywords
 from janus.models import checkpoint
 from janus.models.configuration import MultiModalityConfig
 
@@ -82,24 +86,72 @@ class VisionModel(nn.Module):
         return self.vision_tower.get_intermediate_layers(pixel_values, n=[last], norm=True)[0]
 
 
+class VQAttention(JanusVQVAEAttnBlock):
+    """The VQ tokenizer's attention with its scores in float32: unscaled, they may be more than float16 holds."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        normed = self.norm(hidden_states)
+        q, k, v = (project(normed).flatten(2).float() for project in (self.q, self.k, self.v))
+        scores = torch.bmm(q.transpose(1, 2), k) * q.shape[1] ** -0.5
+        attended = torch.bmm(v, scores.softmax(-1).transpose(1, 2)).unflatten(2, hidden_states.shape[2:])
+        return hidden_states + self.proj_out(attended.to(hidden_states.dtype))
+
+
 class VQModel(JanusVQVAE):
     """The VQ tokenizer, with the l2-normalised codebook and the call signatures of the original code."""
+
+    def __init__(self, config: JanusVQVAEConfig):
+        super().__init__(config)
+        for module in self.modules():
+            if isinstance(module, JanusVQVAEAttnBlock):
+                module.__class__ = VQAttention
+
+    def nearest_codes(self, z: Tensor) -> Tensor:
+        """The code nearest to each vector of z `[batch, code_dim, h, w]`: `[batch, h, w]`, int64.
+
+        Compared in float32 in a model of any dtype: 8 bits of precision do not tell neighbours apart.
+        """
+        z = F.normalize(z.float(), dim=1)
+        codebook = F.normalize(self.quantize.embedding.weight.float(), dim=1)
+        return torch.einsum("bchw,nc->bhwn", z, codebook).argmax(-1)
 
     def encode(self, pixel_values: Tensor) -> tuple[Tensor, None, tuple[None, None, Tensor]]:
         """Images `[batch, 3, H, W]` in [-1, 1] to `(quantised, None, (None, None, codes))`, as the original returns it.
 
         `quantised` is `[batch, code_dim, h, w]`, `codes` `[batch * h * w]`, int64.
         """
-        z = F.normalize(self.quant_conv(self.encoder(pixel_values)), dim=1)
-        codebook = F.normalize(self.quantize.embedding.weight, dim=1)
-        codes = torch.einsum("bchw,nc->bhwn", z, codebook).argmax(-1)
-        return codebook[codes].permute(0, 3, 1, 2), None, (None, None, codes.flatten())
+        codes = self.nearest_codes(self.quant_conv(self.encoder(pixel_values)))
+        quantised = F.normalize(self.quantize.embedding(codes), dim=-1)
+        return quantised.permute(0, 3, 1, 2), None, (None, None, codes.flatten())
 
     def decode_code(self, codes: Tensor, shape: Sequence[int]) -> Tensor:
         """Codes of `batch * h * w` entries, with `shape=[batch, code_dim, h, w]`, to images `[batch, 3, H, W]`."""
         batch, code_dim, h, w = shape
         z = F.normalize(self.quantize.embedding(codes), dim=-1).reshape(batch, h, w, code_dim)
         return self.decoder(self.post_quant_conv(z.permute(0, 3, 1, 2)))
+
+
+def _to_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """None, the dtype of the files, also for "auto". Raises ValueError."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype in (None, "auto"):
+        return None
+    if found not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype!r}")
+    return found
+
+
+def _to_device(device: Any, device_map: Any) -> torch.device:
+    """The one device that both arguments of `from_pretrained` may name. Raises ValueError."""
+    if isinstance(device_map, dict) and set(device_map) == {""}:
+        device_map = device_map[""]
+    if device is not None and device_map is not None:
+        raise ValueError(f"device {device!r} and device_map {device_map!r}: give one of them")
+    named: Any = device_map if device is None else device
+    try:
+        return torch.device("cpu" if named is None else named)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device or device_map must name one device, as 'cuda' or 'cuda:0', got {named!r}") from None
 
 
 class MultiModalityCausalLM(PreTrainedModel):
@@ -147,11 +199,30 @@ class MultiModalityCausalLM(PreTrainedModel):
         config: MultiModalityConfig | None = None,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
-        device: torch.device | str = "cpu",
-        **_,
+        device: torch.device | str | int | None = None,
+        device_map: torch.device | str | int | dict | None = None,
+        attn_implementation: str | None = None,
+        **others: Any,
     ) -> "MultiModalityCausalLM":
-        """Load either checkpoint format; `dtype` defaults to that of the files. Raises CheckpointError."""
-        return checkpoint.load_model(cls, pretrained_model_name_or_path, dtype or torch_dtype, device, config=config)
+        """Load either checkpoint format.
+
+        `dtype` defaults to that of the files, `device` to the CPU; `device_map` is another name for one device, as
+        "cuda" or {"": "cuda:0"}. `attn_implementation` is "sdpa" (the default) or "eager". Of other keywords, those
+        that choose a hub snapshot are taken and TypeError is raised for the rest. Raises CheckpointError for what the
+        files hold, ValueError for arguments.
+        """
+        hub = hub_keywords(cls.__name__, others)
+        if attn_implementation not in (None, "sdpa", "eager"):
+            raise ValueError(f"attn_implementation must be 'sdpa' or 'eager', got {attn_implementation!r}")
+        return checkpoint.load_model(
+            cls,
+            pretrained_model_name_or_path,
+            _to_dtype(dtype or torch_dtype),
+            _to_device(device, device_map),
+            config=config,
+            attn_implementation=attn_implementation,
+            **hub,
+        )
 
     def save_pretrained(self, save_directory: str | os.PathLike, **_) -> None:
         """Write config and weights in the original format."""

@@ -14,12 +14,44 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from janus.models.checkpoint import CheckpointError, read_json, resolve_directory
+from janus.dola.checkpoint_files import (
+    CheckpointError,
+    hub_keywords,
+    read_settings,
+    read_tokenizer,
+    refusing,
+    resolve_directory,
+)
+from janus.dola.schema import ABSENT, REQUIRED, Nullable, mismatch, number, one_of, several, whole
+from janus.models.checkpoint import read_config
 from janus.utils.conversation import EOS, SYSTEM_PROMPT, render_conversation
 
 BOS = "<｜begin▁of▁sentence｜>"
 PAD = "<｜▁pad▁｜>"
 IMAGE_TOKENS = ("<image_placeholder>", "<begin_of_image>", "<end_of_image>")
+
+
+SIDE = whole(1, 1 << 12)
+IMAGE_PROCESSOR = {
+    "image_size": SIDE,
+    "size": Nullable({"height": whole(1, 1 << 12, REQUIRED), "width": whole(1, 1 << 12, REQUIRED)}),
+    "min_size": Nullable(SIDE),
+    "image_mean": several(number(-1, 2), 3, 3, REQUIRED),
+    "image_std": several(number(1e-3, 1e3), 3, 3, REQUIRED),
+    "background_color": Nullable(several(whole(0, 255), 3, 3)),
+    "do_resize": Nullable(one_of(True)),
+    "do_rescale": Nullable(one_of(True)),
+    "do_normalize": Nullable(one_of(True)),
+    "rescale_factor": Nullable(number(0.0039215, 0.0039216)),
+    "resample": Nullable(one_of(3)),
+}
+"""Either format's; what says how to prepare an image otherwise than Janus does is not accepted."""
+
+PROCESSOR = {
+    "num_image_tokens": whole(1, 1 << 20),
+    "add_special_token": one_of(False),  # true keeps a placeholder for which no feature comes: the original fails on it
+    "sft_format": one_of("deepseek"),
+}
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
@@ -29,24 +61,18 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     the BOS, so the file is read as it is. Raises CheckpointError.
     """
     path = directory / "tokenizer.json"
-    read_json(path)
-    try:
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_file=str(path),
-            bos_token=BOS,
-            eos_token=EOS,
-            pad_token=PAD,
-            padding_side="left",
-            clean_up_tokenization_spaces=False,
-        )
-    except Exception as error:  # the tokenizers library raises plain Exception
-        raise CheckpointError(f"{path}: not a tokenizer ({error})") from None
+    tokenizer = read_tokenizer(path, bos_token=BOS, eos_token=EOS, pad_token=PAD, padding_side="left")
     vocabulary = tokenizer.get_vocab()
-    if missing := [token for token in (BOS, EOS, PAD, *IMAGE_TOKENS) if token not in vocabulary]:
+    tokens = (BOS, EOS, PAD, *IMAGE_TOKENS)
+    if missing := [token for token in tokens if token not in vocabulary]:
         raise CheckpointError(f"{path}: Janus's special tokens are missing: {', '.join(missing)}")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, vocabulary[BOS])]
     )
+    with refusing(f"{path}: not a tokenizer of text"):
+        ids = tokenizer.encode(f"A dog\n\n2 é 画{''.join(tokens[1:])}")
+    if split := [token for token in tokens if ids.count(vocabulary[token]) != 1]:
+        raise CheckpointError(f"{path}: Janus's special tokens are not read as one token each: {', '.join(split)}")
     return tokenizer
 
 
@@ -62,16 +88,29 @@ class VLMImageProcessor:
 
     @classmethod
     def from_directory(cls, directory: Path) -> "VLMImageProcessor":
-        """Read either format's preprocessor settings; what a file leaves out keeps its default."""
+        """Read `preprocessor_config.json`, or the `image_processor` of `processor_config.json`, of either format.
+
+        What they leave out beside sizes, mean and std keeps its default. Raises CheckpointError.
+        """
+        path, nested = directory / "preprocessor_config.json", directory / "processor_config.json"
         settings: dict[str, Any] = {}
-        if (directory / "processor_config.json").is_file():
-            settings |= read_json(directory / "processor_config.json").get("image_processor", {})
-        if (directory / "preprocessor_config.json").is_file():
-            settings |= read_json(directory / "preprocessor_config.json")
-        if isinstance(size := settings.get("size"), dict):
-            settings["image_size"] = size["height"]
+        if not path.exists() and nested.exists():
+            settings = read_settings(nested, {"image_processor": Nullable(IMAGE_PROCESSOR)}).get("image_processor", {})
+        if settings:
+            path = nested
+        else:
+            settings = read_settings(path, IMAGE_PROCESSOR)
+        size = settings.get("size", dict.fromkeys(("height", "width"), settings.get("image_size", ABSENT)))
+        side, min_size = size["height"], settings.get("min_size", cls.min_size)
+        for key, found, expected, holds in (
+            ("image_size", side, SIDE.expected, side is not ABSENT),
+            ("size.width", size["width"], f"its height, {side}", size["width"] == side),
+            ("min_size", min_size, f"at most image_size, {side}", side is not ABSENT and min_size <= side),
+        ):
+            if not holds:
+                raise CheckpointError(f"{path}: {mismatch(key, expected, found)}")
         names = [field.name for field in fields(cls)]
-        return cls(**{name: settings[name] for name in names if settings.get(name) is not None})
+        return cls(**{name: settings[name] for name in names if name in settings} | {"image_size": side})
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
         """PIL images to pixel values `[n, 3, image_size, image_size]`, float32."""
@@ -133,14 +172,33 @@ class VLChatProcessor:
         self.pad_id = vocabulary[PAD]
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id: str | os.PathLike, **_) -> "VLChatProcessor":
-        """Read the processor of either checkpoint format. Raises CheckpointError."""
-        directory = resolve_directory(path_or_hub_id)
-        settings: dict[str, Any] = {}
-        if (directory / "processor_config.json").is_file():
-            settings = read_json(directory / "processor_config.json")
-        kept = {k: settings[k] for k in ("num_image_tokens", "add_special_token", "sft_format") if k in settings}
-        return cls(VLMImageProcessor.from_directory(directory), load_tokenizer(directory), **kept)
+    def from_pretrained(cls, path_or_hub_id: str | os.PathLike, **others: Any) -> "VLChatProcessor":
+        """Read the processor of either checkpoint format, and hold it against `config.json` where that lies beside it.
+
+        Of further keywords, those that choose a hub snapshot are taken and TypeError is raised for the rest. Raises
+        CheckpointError for what the files hold.
+        """
+        directory = resolve_directory(path_or_hub_id, **hub_keywords(cls.__name__, others))
+        path = directory / "processor_config.json"
+        settings = read_settings(path, PROCESSOR) if path.exists() else {}
+        processor = cls(VLMImageProcessor.from_directory(directory), load_tokenizer(directory), **settings)
+        if (directory / "config.json").exists():
+            processor._check_fits(directory)
+        return processor
+
+    def _check_fits(self, directory: Path) -> None:
+        config, _ = read_config(directory)
+        siglip: Any = config.siglip
+        side, patches = siglip.image_size, (siglip.image_size // siglip.patch_size) ** 2
+        vocab_size = config.language_config.vocab_size
+        last_token, image_size = max(self.tokenizer.get_vocab().values()), self.image_processor.image_size
+        for what, found, expected, holds in (
+            ("the last token of tokenizer.json", last_token, f"below vocab_size {vocab_size}", last_token < vocab_size),
+            ("image_size of the image processor", image_size, f"the tower's {side}", image_size == side),
+            ("num_image_tokens", self.num_image_tokens, f"the tower's {patches}", self.num_image_tokens == patches),
+        ):
+            if not holds:
+                raise CheckpointError(f"{directory}: {mismatch(what, f'{expected} (config.json)', found)}")
 
     def save_pretrained(self, save_directory: str | os.PathLike, **_) -> None:
         """Write tokenizer and settings in the original format."""
