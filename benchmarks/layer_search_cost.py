@@ -12,27 +12,23 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.factor import read_questions
 from benchmarks.smollm2 import load_smollm2
 from dola_runtime import compute_logprobs_from_hidden
-from generation_inference import default_guidance
+from generation_inference import default_guidance, format_question
 from janus.dola.cli import add_model_arguments, positive, run_command
-from janus.dola.layer_search.__main__ import ALPHAS
-from janus.dola.layer_search.metrics import (
-    Example,
-    Task,
-    answers_task,
-    continuation_task,
-    image_task,
-    measure,
-    read_examples,
-)
+from janus.dola.layer_search import tasks
+from janus.dola.layer_search.__main__ import encode_prompts
+from janus.dola.layer_search.examples import Example, read_examples
+from janus.dola.layer_search.metrics import ALPHAS, measure
+from janus.dola.layer_search.tasks import Task, answers_task, continuation_task, image_task
 from janus.dola.loading import load_pretrained_model
 from janus.dola.scoring import score_tokens, slice_places
 
@@ -56,9 +52,13 @@ def last_layer_alone(decoder: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
+def read_last_state(llama, pick: Callable[[Tensor], Tensor], inputs_embeds: Tensor, **placed: Tensor) -> Tensor:
+    return pick(llama(inputs_embeds=inputs_embeds, use_cache=False, **placed).last_hidden_state)[None]
+
+
 @torch.inference_mode()
 def evaluate_baseline(task: Task, decoder: nn.Module, examples: list[Example]) -> None:
-    with last_layer_alone(decoder):
+    with last_layer_alone(decoder), patch.object(tasks, "read_states", read_last_state):
         for forced, _, phi, logits_per_place in task.read(examples):
             for some in slice_places(len(forced.targets), 1, logits_per_place):
                 score_tokens(compute_logprobs_from_hidden(forced.hidden[-1, some], None, phi), forced.targets[some])
@@ -119,12 +119,19 @@ def main() -> None:
     decoder = model.language_model.model
 
     images = read_examples(args.data / "image.jsonl", "image")[: args.examples]
-    painting = image_task(model, processor, default_guidance(model))
+    painting = image_task(model, processor, default_guidance(model), partial(encode_prompts, processor, model.device))
     report("images", painting, decoder, images, 16, args.rounds)
     with remembered_codes(model):
         report("images, codes given", painting, decoder, images, 16, args.rounds)
     questions = read_examples(args.data / "answers.jsonl", "answers")[: args.examples]
-    report("answers", answers_task(model, processor), decoder, questions, 16, args.rounds)
+    report(
+        "answers",
+        answers_task(model, processor, partial(format_question, processor)),
+        decoder,
+        questions,
+        16,
+        args.rounds,
+    )
 
     if args.factor:
         smollm2, tokenizer = load_smollm2()

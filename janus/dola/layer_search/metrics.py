@@ -1,274 +1,30 @@
-"""What a layer search measures: known tokens (codes, words, captions), read at every layer after one forward pass.
+"""What a layer search computes: known tokens (codes, words, captions), read at every layer after one forward pass.
 
-A task turns examples into states at the places where something true is known; scoring those places under every layer
-and alpha is `score_states`, the same for all tasks.
+Scoring the places of a `Reading` under every layer and alpha is `score_states`, the same for all tasks.
 """
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from itertools import groupby
-from pathlib import Path
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize as l2_normalize
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from tqdm import tqdm
 
 from dola_runtime import (
     compute_logprobs_from_hidden,
     contrast_with_apc_from_logprobs,
-    guide_logits,
     probs_from_scores,
+    top_pairs,
     trace_step,
 )
-from generation_inference import chat_roles, format_image_prompt, pack_prompts
-from janus.dola.decoder_parts import find_decoder_parts
-from janus.dola.files import load_image, read_text
-from janus.dola.rerank import build_text_bank, pooled_features, siglip_temperature, tower_depth
-from janus.dola.scoring import (
-    ContinuationScores,
-    TeacherForced,
-    TokenScores,
-    fill_dropped,
-    score_states,
-    teacher_force_batch,
-)
+from janus.dola.files import RunLog
+from janus.dola.layer_search.examples import Example, rivals
+from janus.dola.layer_search.tasks import Reading, Task
+from janus.dola.scoring import ContinuationScores, TokenScores, fill_dropped, score_states
 
-Example = dict[str, Any]
-"""A line of the input: the fields of its task, image paths resolved, and `domain` where there are domains."""
-
-FIELDS = {
-    "image": {"prompt": "text", "image": "image"},
-    "answers": {"question": "text", "answer": "text", "image": "image?", "choices": "texts?"},
-    "tower": {"image": "image", "caption": "text", "candidates": "texts?"},
-}
-
-# --- examples --------------------------------------------------------------------------------------------------------
-
-
-def read_examples(path: Path, task: str, domain_field: str | None = None) -> list[Example]:
-    """The examples of a JSONL file for a task of `FIELDS`; images are looked for from the file's own directory.
-
-    Raises ValueError naming the file, the line and the field.
-    """
-    text = read_text(path).strip()
-    if not text:
-        raise ValueError(f"{path}: no examples")
-    examples: list[Example] = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        try:
-            examples.append(_read_example(line, task, domain_field, path.parent))
-        except ValueError as error:
-            raise ValueError(f"{path}: line {number}: {error}") from None
-        for optional in ("choices", "candidates"):
-            if (optional in examples[0]) != (optional in examples[-1]):
-                raise ValueError(f"{path}: line {number}: {optional} must stand in every line or in none")
-    if task == "tower" and "candidates" not in examples[0]:
-        captions = list(dict.fromkeys(example["caption"] for example in examples))
-        examples = [example | {"candidates": captions} for example in examples]
-    return examples
-
-
-def _read_example(line: str, task: str, domain_field: str | None, directory: Path) -> Example:
-    try:
-        content = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg}, column {error.colno})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"expected an object, found {type(content).__name__}")
-    example = {}
-    for field, kind in FIELDS[task].items():
-        if field not in content and kind.endswith("?"):
-            continue
-        example[field] = _read_field(content, field, kind.removesuffix("?"), directory)
-    if domain_field is not None:
-        example["domain"] = _read_field(content, domain_field, "text", directory)
-    for field, own in (("choices", "answer"), ("candidates", "caption")):
-        if field in example and (own not in example or example[own] not in example[field] or len(example[field]) < 2):
-            raise ValueError(f"{field}: expected the {own} and at least one other text, found {example[field]!r}")
-    return example
-
-
-def _read_field(content: dict[str, Any], field: str, kind: str, directory: Path) -> Any:
-    if field not in content:
-        raise ValueError(f"{field}: missing")
-    value = content[field]
-    texts = value if kind == "texts" else [value]
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-        expected = {"text": "a string that is not blank", "texts": "a list of such strings", "image": "an image file"}
-        raise ValueError(f"{field}: expected {expected[kind]}, found {value!r}")
-    if kind == "texts":
-        return list(dict.fromkeys(texts))
-    if kind == "image":
-        path = directory / texts[0]
-        try:
-            load_image(path)
-        except ValueError as error:
-            raise ValueError(f"{field}: {error}") from None
-        return path
-    return texts[0]
-
-
-def rivals(example: Example) -> list[str]:
-    """The false ones among an example's choices."""
-    return [text for text in example.get("choices", ()) if text != example["answer"]]
-
-
-# --- tasks -----------------------------------------------------------------------------------------------------------
-
-
-class Reading(NamedTuple):
-    """Some examples after their forward pass, and how their states become logits; what `score_states` takes.
-
-    `forced.places` has one entry for an example's truth, then one for each of its rivals, example by example.
-    """
-
-    forced: TeacherForced
-    ln_out: Callable[[Tensor], Tensor] | None
-    phi: Callable[..., Tensor]
-    logits_per_place: int
-
-
-class Task(NamedTuple):
-    """A way to read examples: one forward pass each, batched; examples keep their order over the readings."""
-
-    num_layers: int
-    read: Callable[[Sequence[Example]], Iterator[Reading]]
-    name_token: Callable[[Example, int], str]
-
-
-def image_task(model, processor, cfg_weight: float) -> Task:
-    """`{"prompt", "image"}`: the image's own VQ codes, forced after the prompt, guided before the contrast.
-
-    A place's state is that of the conditional and of the unconditional row, `[2, width]`, as decoding pairs them.
-    """
-    llama, embed = model.language_model.model, model.get_input_embeddings()
-    unit_range = replace(processor.image_processor, image_mean=(0.5,) * 3, image_std=(0.5,) * 3)  # pixels in [-1, 1]
-
-    def phi(h: Tensor, columns: Tensor | None = None) -> Tensor:
-        logits = model.gen_head(h) if columns is None else model.gen_head(h)[..., columns]
-        return guide_logits(logits.float(), cfg_weight)[..., 0, :]
-
-    def read(examples: Sequence[Example]) -> Iterator[Reading]:
-        pixels = unit_range([load_image(example["image"]) for example in examples]).to(embed.weight)
-        codes = model.gen_vision_model.encode(pixels)[2][2].view(len(examples), -1)
-        prompts = [format_image_prompt(processor, example["prompt"]) for example in examples]
-        ids, valid = pack_prompts(processor, prompts)
-        painted = model.prepare_gen_img_embeds(codes[:, :-1]).repeat_interleave(2, dim=0)
-        placed = {}
-        if valid is not None:
-            valid = torch.nn.functional.pad(valid, (0, painted.shape[1]), value=True).long().to(codes.device)
-            placed = {"attention_mask": valid, "position_ids": (valid.cumsum(-1) - 1).clamp(min=0)}
-        outputs = llama(
-            inputs_embeds=torch.cat([embed(ids.to(codes.device)), painted], dim=1),
-            output_hidden_states=True,
-            use_cache=False,
-            **placed,
-        )
-        # [rows, codes, width], rows paired -> [places, 2, width]
-        hidden = [
-            h[:, ids.shape[1] - 1 :].unflatten(0, (-1, 2)).transpose(1, 2).flatten(0, 1) for h in outputs.hidden_states
-        ]
-        places = torch.arange(codes.numel(), device=codes.device).view_as(codes)
-        forced = TeacherForced(torch.stack(hidden), codes.flatten(), list(places))
-        yield Reading(forced, llama.norm, phi, 2 * model.gen_embed.weight.shape[0])
-
-    return Task(len(llama.layers), read, lambda example, code: f"code {code}")
-
-
-def answers_task(model, processor) -> Task:
-    """`{"question", "answer"}`, with `image` and `choices` or without: the answer's words and its end, in the chat."""
-    embed, tokenizer = model.get_input_embeddings(), processor.tokenizer
-    roles = chat_roles(tokenizer)
-
-    def prompt_of(example: Example) -> tuple[str, list]:
-        content = (f"{processor.image_tag}\n" if "image" in example else "") + example["question"]
-        rendered = processor.apply_sft_template_for_multi_turn_prompts(
-            [{"role": roles[0], "content": content}, {"role": roles[1], "content": ""}],
-            processor.sft_format,
-            processor.system_prompt,
-        )
-        return rendered, [load_image(example["image"])] if "image" in example else []
-
-    def continuation(text: str) -> Tensor:
-        ids = tokenizer.encode(f" {text.strip()}", add_special_tokens=False)
-        return torch.tensor([*ids, tokenizer.eos_token_id], device=embed.weight.device)
-
-    def prompts_of(examples: Sequence[Example]) -> list[tuple[Tensor, list[Tensor]]]:
-        batch = processor.batchify([prompt_of(example) for example in examples]).to(
-            embed.weight.device, embed.weight.dtype
-        )
-        embeds = model.prepare_inputs_embeds(**vars(batch)) if batch.pixel_values.shape[1] else embed(batch.input_ids)
-        prefixes = [row[mask.bool()] for row, mask in zip(embeds, batch.attention_mask, strict=True)]
-        return [
-            (prefix, [continuation(text) for text in (example["answer"], *rivals(example))])
-            for prefix, example in zip(prefixes, examples, strict=True)
-        ]
-
-    return _language_task(model.language_model, tokenizer, prompts_of)
-
-
-def continuation_task(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Task:
-    """The same without a chat, for any causal language model: the answer follows the question after a space."""
-    weight = next(model.parameters())
-
-    def ids(text: str, **settings) -> Tensor:
-        return torch.tensor(tokenizer(text, **settings)["input_ids"], device=weight.device)
-
-    def prompts_of(examples: Sequence[Example]) -> list[tuple[Tensor, list[Tensor]]]:
-        return [
-            (
-                ids(example["question"]),
-                [ids(f" {text}", add_special_tokens=False) for text in (example["answer"], *rivals(example))],
-            )
-            for example in examples
-        ]
-
-    return _language_task(model, tokenizer, prompts_of)
-
-
-def _language_task(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts_of: Callable) -> Task:
-    parts = find_decoder_parts(model)
-
-    def read(examples: Sequence[Example]) -> Iterator[Reading]:
-        forced = teacher_force_batch(model, prompts_of(examples))
-        yield Reading(forced, parts.ln_out, parts.phi, model.config.get_text_config().vocab_size)
-
-    return Task(len(parts.layers), read, lambda example, token: str(tokenizer.decode([token])))
-
-
-def tower_task(vit, image_processor, siglip, tokenizer, examples: Sequence[Example]) -> Task:
-    """`{"image", "caption", "candidates"}`: which candidate the image shows.
-
-    The temperature is the one that SigLIP was trained with. The texts of all `examples` are embedded here, once.
-    """
-    texts = list(dict.fromkeys(text for example in examples for text in example["candidates"]))
-    row_of = {text: row for row, text in enumerate(texts)}
-    weight, depth, tau = next(vit.parameters()), tower_depth(vit), siglip_temperature(siglip)
-    text_bank = l2_normalize(build_text_bank(siglip, tokenizer, texts).to(weight.device).float(), dim=-1)
-
-    def read(examples: Sequence[Example]) -> Iterator[Reading]:
-        pixels = image_processor([load_image(example["image"]) for example in examples]).to(weight)
-        features = pooled_features(vit, pixels, [1, *range(1, depth + 1)])  # layer 0 has none: layer 1 fills its row
-        done = 0
-        for candidates, group in groupby(examples, key=lambda example: example["candidates"]):
-            captions = [example["caption"] for example in group]
-            bank = text_bank[[row_of[text] for text in candidates]]
-
-            def phi(z: Tensor, columns: Tensor | None = None, bank: Tensor = bank) -> Tensor:
-                return l2_normalize(z.float(), dim=-1) @ (bank if columns is None else bank[columns]).T / tau
-
-            targets = torch.tensor([candidates.index(caption) for caption in captions], device=weight.device)
-            places = torch.arange(len(captions), device=weight.device)[:, None]
-            forced = TeacherForced(features[:, done : done + len(captions)], targets, list(places))
-            yield Reading(forced, None, phi, len(candidates))
-            done += len(captions)
-
-    return Task(depth, read, lambda example, candidate: example["candidates"][candidate])
-
+ALPHAS = (0.02, 0.05, 0.1, 0.2, 0.5)
 
 # --- measures --------------------------------------------------------------------------------------------------------
 
@@ -289,6 +45,11 @@ def headline(metrics: Sequence[str]) -> str:
     return "accuracy" if "accuracy" in metrics else "prob"
 
 
+def score_reading(reading: Reading, layers: Sequence[int], alphas: Sequence[float]) -> list[ContinuationScores]:
+    forced, ln_out, phi, logits_per_place = reading
+    return score_states(forced, ln_out, phi, logits_per_place=logits_per_place, layers=layers, alphas=alphas)
+
+
 @torch.inference_mode()
 def measure(task: Task, examples: Sequence[Example], layers: Sequence[int], alphas: Sequence[float]) -> np.ndarray:
     """Metrics of a batch of examples: float32 `[examples, metrics, alphas, 2 + layers]`.
@@ -296,11 +57,10 @@ def measure(task: Task, examples: Sequence[Example], layers: Sequence[int], alph
     The last axis holds the baseline, APC only, then DoLa-static at each layer. Raises ValueError for a layer or alpha
     out of range.
     """
-    scores = [
-        continuation
-        for reading in task.read(examples)
-        for continuation in score_states(*reading[:3], logits_per_place=reading[3], layers=layers, alphas=alphas)
-    ]
+    scores: list[ContinuationScores] = []
+    for reading in task.read(examples):
+        scores += score_reading(reading, layers, alphas)
+        del reading  # its states go before the next pass makes its own
     rows, start = [], 0
     for example in examples:
         count = 1 + len(rivals(example))
@@ -330,13 +90,148 @@ def _every_decoding(scores: ContinuationScores) -> TokenScores:
     return TokenScores(*(torch.cat([q.expand_as(apc)[:, None], apc[:, None], p], dim=1) for q, apc, p in both))
 
 
+# --- the search ------------------------------------------------------------------------------------------------------
+
+
+def search(
+    task: Task,
+    examples: Sequence[Example],
+    layers: Sequence[int] | None = None,
+    alphas: Sequence[float] = ALPHAS,
+    batch_size: int = 16,
+    log: RunLog | None = None,
+) -> np.ndarray:
+    """`measure` of all examples, float64 `[examples, metrics, alphas, 2 + layers]`; layers default to 1..N-1.
+
+    With a log, the batches that it holds are not measured again. Raises ValueError for a layer or alpha out of range.
+    """
+    layers = range(1, task.num_layers) if layers is None else layers
+    values: list[list] = []
+    with tqdm(total=len(examples), unit="example") as bar:
+        for start in range(0, len(examples), batch_size):
+            batch = examples[start : start + batch_size]
+            done = [] if log is None else log.entries[start : start + batch_size]
+            if len(done) == len(batch):
+                values += [entry["values"] for entry in done]
+                bar.initial += len(batch)
+            else:
+                # the shortest decimals that read back as the same float32
+                measured = np.vectorize(lambda x: float(str(x)))(measure(task, batch, layers, alphas)).tolist()
+                values += measured
+                if log is not None:
+                    log.add(start, [{"index": start + i, "values": value} for i, value in enumerate(measured)])
+            bar.update(len(batch))
+    return np.array(values)
+
+
+def bootstrap(differences: np.ndarray, draws: int = 2000, at_a_time: int = 100) -> np.ndarray:
+    """95% intervals of means over examples, `[examples, k]` to `[k, 2]`, from resampled examples of a fixed seed."""
+    count, rng = len(differences), np.random.default_rng(0)
+    even = np.full(count, 1 / count)
+    means = [rng.multinomial(count, even, at_a_time) @ differences / count for _ in range(draws // at_a_time)]
+    return np.quantile(np.concatenate(means), [0.025, 0.975], axis=0).T
+
+
+def buckets(num_layers: int) -> list[tuple[int, int]]:
+    """The contrast layers 1..N-1 in thirds of N: (1, 10), (11, 20), (21, 29) for 30 layers."""
+    ends = [0, round(num_layers / 3), round(2 * num_layers / 3), num_layers - 1]
+    return [(start + 1, end) for start, end in pairwise(ends) if start < end]
+
+
+# --- the summary -----------------------------------------------------------------------------------------------------
+
+
+def summarise(
+    values: np.ndarray,
+    metrics: Sequence[str],
+    num_layers: int,
+    layers: Sequence[int],
+    alphas: Sequence[float],
+    domains: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """The means of every metric, differences from the baseline, buckets, the best layer, and that of each domain.
+
+    A difference is `[mean, low, high]`, paired over the examples. `domains` names the domain of each example.
+    """
+    chosen_by = headline(metrics)
+    own = values[:, metrics.index(chosen_by)]
+    count, means = len(values), values.mean(0)
+    differences = own - own[..., :1]
+    over_baseline = np.concatenate(
+        [differences.mean(0)[..., None], bootstrap(differences.reshape(count, -1)).reshape(*own.shape[1:], 2)], axis=-1
+    )
+    curve = means[metrics.index(chosen_by)]
+    in_bucket = {
+        bounds: [2 + i for i, layer in enumerate(layers) if bounds[0] <= layer <= bounds[1]]
+        for bounds in buckets(num_layers)
+    }
+    a, column = best_cell(values, metrics)
+    summary: dict[str, Any] = {
+        "examples": count,
+        "metric": chosen_by,
+        "num_layers": num_layers,
+        "layers": list(layers),
+        "alphas": list(alphas),
+        "means": {
+            metric: {"baseline": mean[0, 0], "apc_only": mean[:, 1].tolist(), "dola": mean[:, 2:].tolist()}
+            for metric, mean in zip(metrics, means, strict=True)
+        },
+        "over_baseline": {"apc_only": over_baseline[:, 1].tolist(), "dola": over_baseline[:, 2:].tolist()},
+        "buckets": [
+            {"layers": list(bounds), "dola": curve[:, columns].mean(-1).tolist()}
+            for bounds, columns in in_bucket.items()
+            if columns
+        ],
+        "best": describe_best(own, layers, alphas, a, column),
+    }
+    if domains is not None:
+        summary["domains"] = {}
+        for name in sorted(set(domains)):
+            among = np.array([domain == name for domain in domains])
+            in_domain = own[among]
+            own_a, own_column = best_cell(values[among], metrics, unless=(a, column))
+            summary["domains"][name] = {
+                "examples": len(in_domain),
+                "best": describe_best(in_domain, layers, alphas, own_a, own_column),
+                "over_overall": paired(in_domain[:, own_a, own_column] - in_domain[:, a, column]),
+            }
+    return summary
+
+
+def best_cell(values: np.ndarray, metrics: Sequence[str], unless: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Alpha and column of the best layer; a tie (6 digits) goes to `unless`, to more probability, to later layers."""
+    by, tie = (values[:, metrics.index(name), :, 2:].mean(0).round(6) for name in (headline(metrics), "prob"))
+    best = max(np.ndindex(by.shape), key=lambda cell: (by[cell], (cell[0], cell[1] + 2) == unless, tie[cell], cell[1]))
+    return best[0], best[1] + 2
+
+
+def describe_best(
+    own: np.ndarray, layers: Sequence[int], alphas: Sequence[float], a: int, column: int
+) -> dict[str, Any]:
+    """A cell of `[examples, alphas, 2 + layers]` beside the baseline, and beside the best that the mask does alone."""
+    apc = int(own[..., 1].mean(0).argmax())
+    return {
+        "layer": layers[column - 2],
+        "alpha": alphas[a],
+        "value": own[:, a, column].mean(),
+        "over_baseline": paired(own[:, a, column] - own[:, a, 0]),
+        "apc_only_alpha": alphas[apc],
+        "over_apc_only": paired(own[:, a, column] - own[:, apc, 1]),
+    }
+
+
+def paired(differences: np.ndarray) -> list[float]:
+    return [differences.mean(), *bootstrap(differences[:, None])[0].tolist()]
+
+
 # --- one step, looked at ---------------------------------------------------------------------------------------------
 
 
 class Decision(NamedTuple):
     """The step that decided how an example came out: which token of which text, and the top-5 there.
 
-    `continuation` is 0 for the truth, else the number of the rival; `top` is `trace_step`'s.
+    `continuation` is 0 for the truth, else the number of the rival; `top` has the pairs (token, probability) of
+    q_N, q_j and p_hat, best first.
     """
 
     continuation: int
@@ -355,7 +250,7 @@ def find_decision(task: Task, example: Example, layer: int, alpha: float, better
     """
     reading = next(iter(task.read([example])))
     forced = reading.forced
-    scores = score_states(*reading[:3], logits_per_place=reading[3], layers=[layer], alphas=[alpha])
+    scores = score_reading(reading, [layer], [alpha])
     sign = 1 if better else -1
     truth = scores[0]
     if len(scores) == 1:
@@ -379,5 +274,6 @@ def find_decision(task: Task, example: Example, layer: int, alpha: float, better
     log_qN = compute_logprobs_from_hidden(forced.hidden[-1, place], None, reading.phi)
     log_qj = compute_logprobs_from_hidden(forced.hidden[layer, place], reading.ln_out, reading.phi)
     p_hat = probs_from_scores(contrast_with_apc_from_logprobs(log_qN, log_qj, alpha))
-    top = trace_step(log_qN, log_qj, p_hat)
+    traced = trace_step(log_qN, log_qj, p_hat)
+    top = {name: top_pairs(traced, name, 0) for name in ("q_N", "q_j", "p_hat")}
     return Decision(continuation, step, len(forced.places[continuation]), int(forced.targets[place]), top)
