@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from dola_runtime import DEFAULT_ALPHA, DEFAULT_LAYER_RATIO, check_alpha, check_gamma
-from generation_inference import render_chat
+from generation_inference import format_question
 from janus.dola.cli import CommandParser, add_dola_arguments, add_model_arguments, positive, run_command, run_settings
 from janus.dola.files import RunLog, load_image, read_json_file
 from janus.dola.fusion import VisionPriorLogitsProcessor, first_token_ids, vision_prior
@@ -37,12 +37,6 @@ Images = str | os.PathLike | Image.Image | Sequence[str | os.PathLike | Image.Im
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------
-
-
-def format_question(vl_chat_processor, question: str, num_images: int = 1) -> str:
-    """The question, behind as many images, as the chat string that asks for its answer."""
-    content = f"{vl_chat_processor.image_tag}\n" * num_images + question
-    return render_chat(vl_chat_processor, [content], vl_chat_processor.system_prompt)
 
 
 def prepare_question(mmgpt, vl_chat_processor, images: Images, question: str):
@@ -223,7 +217,6 @@ def answer_with_switches(
     question: str,
     switches: DoLaSwitches,
     *,
-    gamma: float = 1.0,
     norm: bool = True,
     candidates: Sequence[str] = (),
     text_bank: Tensor | None = None,
@@ -245,18 +238,18 @@ def answer_with_switches(
         llm,
         layer=switches.fixed_layer_llm,
         alpha=switches.alpha_L,
-        gamma=gamma,
+        gamma=switches.gamma_L,
         norm=norm,
         use_dola=switches.use_dola_lm_static,
     ) as dola:
         processors: list[LogitsProcessor] = [dola]
         if candidates and switches.lambda_mm > 0:
-            if text_bank is None or not batch.pixel_values.shape[1]:
+            if text_bank is None or not batch.images_emb_mask.any():
                 raise ValueError("candidates need an image to be ranked on and a text_bank of their embeddings")
             tower = mmgpt.vision_model.vision_tower
             layer = vision_layer(tower, switches)
             p_hat = rerank_with_dola_static_siglip(
-                tower, batch.pixel_values[0], text_bank, layer, switches.alpha_V, tau
+                tower, batch.pixel_values[0], text_bank, layer, switches.alpha_V, tau, gamma=switches.gamma_V, norm=norm
             )
             words = [first_token_ids(vl_chat_processor.tokenizer, candidate) for candidate in candidates]
             r_V = vision_prior(p_hat.mean(0), words, llm.lm_head.weight.shape[0], switches.mm_topk_for_T, miss)
@@ -356,26 +349,30 @@ def answer_function(parser: CommandParser, args: argparse.Namespace) -> partial:
     if args.config:
         if args.candidate_layers or args.layer_ratio is not None:
             parser.error("--config takes --layer, not --candidate_layers or --layer_ratio")
-        given = {"fixed_layer_llm": args.layer, "alpha_L": args.alpha}
+        given = {"fixed_layer_llm": args.layer, "alpha_L": args.alpha, "gamma_L": args.gamma}
         switches = DoLaSwitches.from_json(args.config, args.domain)
         switches = replace(switches, **{name: value for name, value in given.items() if value is not None})
-        dola: dict[str, Any] = {"switches": switches}
-        function = answer_with_switches
+        return partial(
+            answer_with_switches, switches=switches, norm=not args.no_norm, max_new_tokens=args.max_new_tokens
+        )
+    on = (args.candidate_layers, args.layer, args.layer_ratio, args.gamma) != (None, None, None, None)
+    if args.alpha is not None and not on:
+        parser.error("--alpha needs --layer, --layer_ratio, --candidate_layers, --gamma or --apc_only")
+    if not on:
+        return partial(answer, max_new_tokens=args.max_new_tokens)
+    dola: dict[str, Any] = {
+        "alpha": DEFAULT_ALPHA if args.alpha is None else args.alpha,
+        "gamma": 1.0 if args.gamma is None else args.gamma,
+        "norm": not args.no_norm,
+    }
+    check_alpha(dola["alpha"])
+    check_gamma(dola["gamma"])
+    if args.candidate_layers is not None:
+        function, dola["candidate_layers"] = answer_with_dola, args.candidate_layers
     else:
-        on = (args.candidate_layers, args.layer, args.layer_ratio, args.gamma) != (None, None, None, 1.0)
-        if args.alpha is not None and not on:
-            parser.error("--alpha needs --layer, --layer_ratio, --candidate_layers or --apc_only")
-        if not on:
-            return partial(answer, max_new_tokens=args.max_new_tokens)
-        dola = {"alpha": DEFAULT_ALPHA if args.alpha is None else args.alpha}
-        check_alpha(dola["alpha"])
-        if args.candidate_layers is not None:
-            function, dola["candidate_layers"] = answer_with_dola, args.candidate_layers
-        else:
-            function, dola["layer"] = answer_with_dola_static, args.layer
-            dola["layer_ratio"] = DEFAULT_LAYER_RATIO if args.layer_ratio is None else args.layer_ratio
-    check_gamma(args.gamma)
-    return partial(function, **dola, gamma=args.gamma, norm=not args.no_norm, max_new_tokens=args.max_new_tokens)
+        function, dola["layer"] = answer_with_dola_static, args.layer
+        dola["layer_ratio"] = DEFAULT_LAYER_RATIO if args.layer_ratio is None else args.layer_ratio
+    return partial(function, **dola, max_new_tokens=args.max_new_tokens)
 
 
 def main() -> None:
@@ -410,26 +407,21 @@ def main() -> None:
         return
     decoding = {name: asdict(x) if isinstance(x, DoLaSwitches) else x for name, x in function.keywords.items()}
     settings = run_settings(args, model) | {"tau": tau, **decoding}
-    log = RunLog(Path(args.outdir) / "answers.jsonl", settings, args.overwrite)
-    for i, question in enumerate(questions):
-        if i in log.entries and question.record != {key: log.entries[i][0].get(key) for key in question.record}:
-            raise ValueError(
-                f"{log.path} answers another list (question {i} is {log.entries[i][0]['question']!r}): "
-                "choose another directory, or pass --overwrite"
-            )
-    todo = [i for i in range(len(questions)) if i not in log.entries]
-    for i in tqdm(todo, total=len(questions), initial=len(questions) - len(todo), unit="question"):
-        try:
-            text = ask(questions[i])
-        except ValueError as error:
-            raise ValueError(f"{args.questions}: entry {i}: {error}") from None
-        expected = questions[i].expected
-        right = {} if expected is None else {"right": is_right(text, expected)}
-        log.add(i, [questions[i].record | {"answer": text} | right])
-    rights = [log.entries[i][0]["right"] for i, question in enumerate(questions) if question.expected is not None]
-    print(f"{len(todo)} questions answered ({len(questions) - len(todo)} were done already): {log.path}")
-    if rights:
-        print(f"accuracy {sum(rights) / len(rights):.3f} ({sum(rights)} of {len(rights)})")
+    inputs = [question.record for question in questions]
+    with RunLog(Path(args.outdir) / "answers.jsonl", settings, inputs, overwrite=args.overwrite) as log:
+        todo = range(len(log.entries), len(questions))
+        for i in tqdm(todo, total=len(questions), initial=len(questions) - len(todo), unit="question"):
+            try:
+                text = ask(questions[i])
+            except ValueError as error:
+                raise ValueError(f"{args.questions}: entry {i}: {error}") from None
+            expected = questions[i].expected
+            right = {} if expected is None else {"right": is_right(text, expected)}
+            log.add(i, [{"index": i} | questions[i].record | {"answer": text} | right])
+        rights = [log.entries[i]["right"] for i, question in enumerate(questions) if question.expected is not None]
+        print(f"{len(todo)} questions answered ({len(questions) - len(todo)} were done already): {log.path}")
+        if rights:
+            print(f"accuracy {sum(rights) / len(rights):.3f} ({sum(rights)} of {len(rights)})")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoTokenizer, SiglipModel
 
 from generation_inference import (
     Decoding,
@@ -28,6 +27,8 @@ from inference import format_question
 from janus.dola.inputs import embed_inputs
 from janus.dola.loading import load_pretrained_model
 from janus.dola.logits_processor import DoLaLogitsProcessor
+from janus.dola.rerank import build_text_bank
+from janus.dola.text_encoder import load_text_encoder
 from janus.models import MultiModalityCausalLM, VLChatProcessor
 from tools import scenes
 from tools.scenes import Scene
@@ -150,13 +151,11 @@ def question_rates(
 @torch.inference_mode()
 def tower_rates(directory: Path, model: MultiModalityCausalLM, count: int) -> dict[str, Rate]:
     """Split -> how often the caption nearest to an image, among all captions of its kind, is its own."""
-    text_model = SiglipModel.from_pretrained(directory / "siglip", dtype=torch.float32).text_model
-    tokenizer = AutoTokenizer.from_pretrained(directory / "siglip")
+    siglip, tokenizer = load_text_encoder(directory / "siglip")
     tower, rates = model.vision_model.vision_tower, {}
     for kind, of_kind in GRAMMAR.items():
         captions = [scene.caption for scene in of_kind]
-        ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        bank = torch.cat([text_model(chunk).pooler_output for chunk in ids.split(512)])
+        bank = build_text_bank(siglip, tokenizer, captions)
         bank = torch.nn.functional.normalize(bank, dim=-1)
         for split in (name for name in SPLITS if name.startswith(kind)):
             rng = np.random.default_rng(3)

@@ -1,26 +1,34 @@
 """Loading a checkpoint, and the device and dtype it goes to."""
 
 import os
+from contextlib import suppress
+from importlib.util import find_spec
+from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from janus.models import MultiModalityCausalLM, VLChatProcessor
-from janus.models.checkpoint import resolve_directory
+
+Loaded = tuple[PreTrainedTokenizerFast, VLChatProcessor, MultiModalityCausalLM]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """ "auto" is CUDA where there is one, else the CPU. Raises ValueError for an unknown or absent device."""
+    """ "auto" is CUDA where there is one, else the CPU. Raises ValueError for a device that is unknown or absent."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device {name!r} is unknown (expected auto, cpu, cuda or cuda:N)") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device {name!r} is unknown (expected auto, cpu, cuda, cuda:N or mps)")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r} asked for, but this machine has {torch.cuda.device_count()} CUDA devices")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device {name!r} asked for, but this machine has no MPS device")
     return device
 
 
@@ -37,15 +45,45 @@ def load_pretrained_model(
     path_or_hub_id: str | os.PathLike,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "auto",
-) -> tuple[PreTrainedTokenizerFast, VLChatProcessor, MultiModalityCausalLM]:
-    """Load a Janus checkpoint of either format, straight into its dtype and device: (tokenizer, processor, model).
+) -> Loaded:
+    """Load a Janus checkpoint into its dtype and device: (tokenizer, processor, model).
 
-    Peak host memory is that of the target plus one tensor. Raises CheckpointError, one line with file and cause, and
-    ValueError for an unknown dtype or an absent device.
+    Either format loads straight there: peak host memory is that of the target plus one tensor. In a checkout of the
+    original code its own classes load what they know, the original format. Raises ValueError for an unknown dtype, an
+    absent device, and a checkpoint that cannot be loaded, in one line with file and cause (CheckpointError where
+    there is `janus.models.checkpoint`).
     """
     device = resolve_device(str(device))
     dtype = dtype if isinstance(dtype, torch.dtype) else resolve_dtype(dtype, device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # streams and graphs are made on the current device
+    if find_spec("janus.models.checkpoint") is None:
+        return load_by_original_code(path_or_hub_id, dtype, device)
+    from janus.dola.checkpoint_files import resolve_directory
+
     directory = resolve_directory(path_or_hub_id)
     processor = VLChatProcessor.from_pretrained(directory)
-    model = MultiModalityCausalLM.from_pretrained(directory, dtype=dtype, device=device)
-    return processor.tokenizer, processor, model
+    return processor.tokenizer, processor, MultiModalityCausalLM.from_pretrained(directory, dtype=dtype, device=device)
+
+
+def load_by_original_code(path_or_hub_id: str | os.PathLike, dtype: torch.dtype, device: torch.device) -> Loaded:
+    """`load_pretrained_model` by the classes of the original code, attending by sdpa whatever the config asks for.
+
+    Raises ValueError, in one line, for anything that they cannot load.
+    """
+    try:
+        processor = VLChatProcessor.from_pretrained(path_or_hub_id)
+        config = AutoConfig.from_pretrained(path_or_hub_id, trust_remote_code=False)
+        config.language_config._attn_implementation = "sdpa"  # the published files ask for flash-attn
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path_or_hub_id, config=config, torch_dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
+        model, loading = loaded
+        if loading["missing_keys"]:
+            raise ValueError(f"weights are missing: {', '.join(sorted(loading['missing_keys'])[:3])}, ...")
+    except Exception as error:  # whatever transformers, its hub client and the original's constructors raise
+        cause = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        raise ValueError(f"{path_or_hub_id}: the original code cannot load this checkpoint ({cause})") from None
+    with suppress(OSError):  # the published checkpoints have none
+        model.generation_config = GenerationConfig.from_pretrained(path_or_hub_id)
+    return processor.tokenizer, processor, model.to(device).eval()

@@ -78,7 +78,7 @@ class DoLaLogitsProcessor(LogitsProcessor):
 
     def __enter__(self) -> "DoLaLogitsProcessor":
         if self.layers:
-            self._disable_compile = self.model.generation_config.disable_compile
+            self._disable_compile = getattr(self.model.generation_config, "disable_compile", False)  # new in 4.49
             self.model.generation_config.disable_compile = True
         for layer in self.layers:
             self._hooks.append(self.blocks[layer - 1].register_forward_hook(self._keep_last_position(layer)))

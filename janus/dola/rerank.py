@@ -4,21 +4,17 @@
 """
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize as l2_normalize
-from transformers import AutoConfig, AutoTokenizer, SiglipModel
 
 from dola_runtime import (
     DEFAULT_ALPHA,
-    check_gamma,
     check_layer,
     compute_logprobs_from_hidden,
     contrast_layers,
@@ -28,7 +24,9 @@ from dola_runtime import (
 )
 from janus.dola.cli import CommandParser, add_dola_arguments, add_model_arguments, run_command
 from janus.dola.files import load_image, write_whole
+from janus.dola.inputs import pixel_values
 from janus.dola.switches import DoLaSwitches
+from janus.dola.text_encoder import find_text_encoder
 
 IMAGES_PER_BATCH, TEXTS_PER_BATCH = 32, 256
 
@@ -63,33 +61,13 @@ def pooled_features(vit, images: Tensor, layers: Iterable[int], norm: bool = Tru
         tower = getattr(vit, "vision_model", vit)
         if not hasattr(tower, "head"):
             raise ValueError(f"this {type(vit).__name__} has no pooling head (vision_use_head is false)")
-        hidden_states = tower(images, output_hidden_states=True).hidden_states
-        states, ln_out, pool = [hidden_states[layer] for layer in wanted], tower.post_layernorm, tower.head
+        h, outputs = tower.embeddings(images), []  # block by block: 4.57 has no output_hidden_states for this tower
+        for block in tower.encoder.layers[: wanted[-1]]:
+            h = block(h, None)
+            outputs.append(h := h[0] if isinstance(h, tuple) else h)  # a tuple before transformers 4.54
+        states, ln_out, pool = [outputs[layer - 1] for layer in wanted], tower.post_layernorm, tower.head
     pooled = [pool(ln_out(h) if norm or layer == depth else h) for layer, h in zip(wanted, states, strict=True)]
     return torch.stack([pooled[wanted.index(layer)] for layer in layers])
-
-
-def load_text_encoder(path_or_hub_id: str | os.PathLike) -> tuple[Any, Any]:
-    """A SiglipModel in float32 on the CPU, and its tokenizer. Raises ValueError, one line, for anything else."""
-    try:
-        model_type = AutoConfig.from_pretrained(path_or_hub_id).model_type
-        if model_type != "siglip":
-            raise ValueError(f"expected model_type siglip, found {model_type}")
-        loaded: Any = SiglipModel.from_pretrained(path_or_hub_id, dtype=torch.float32, output_loading_info=True)
-        model, loading = loaded
-        if loading["missing_keys"]:
-            raise ValueError(f"weights are missing: {', '.join(sorted(loading['missing_keys'])[:3])}, ...")
-        return model, AutoTokenizer.from_pretrained(path_or_hub_id)
-    except (OSError, ValueError, ImportError) as error:
-        cause = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path_or_hub_id}: not a SigLIP model that transformers can load ({cause})") from None
-
-
-def find_text_encoder(model: str, text_encoder: str | None) -> tuple[Any, Any]:
-    """The text encoder named, or the one that lies in the checkpoint as `siglip/`. Raises ValueError without either."""
-    if text_encoder is None and not (Path(model) / "siglip").is_dir():
-        raise ValueError(f"{model} has no siglip/ text encoder: name one with --text_encoder")
-    return load_text_encoder(text_encoder or Path(model) / "siglip")
 
 
 def siglip_temperature(siglip) -> float:
@@ -229,9 +207,8 @@ def main() -> None:
     if args.domain is not None and args.config is None:
         parser.error("--domain needs --config")
     switches = DoLaSwitches.from_json(args.config, args.domain) if args.config else DoLaSwitches()
-    if args.alpha is not None:
-        switches = replace(switches, alpha_V=args.alpha)
-    check_gamma(args.gamma)
+    given = {"alpha_V": args.alpha, "gamma_V": args.gamma}
+    switches = replace(switches, **{name: value for name, value in given.items() if value is not None})
     pictures = [load_image(path) for path in args.images]
     _, processor, model = load_pretrained_model(args.model, args.dtype, args.device)
     siglip, tokenizer = find_text_encoder(args.model, args.text_encoder)
@@ -239,7 +216,7 @@ def main() -> None:
     bank = build_text_bank(siglip, tokenizer, args.candidates)
 
     tower, ranked = model.vision_model.vision_tower, []
-    layer, contrast = vision_layer(tower, switches), {"gamma": args.gamma, "norm": not args.no_norm}
+    layer, contrast = vision_layer(tower, switches), {"gamma": switches.gamma_V, "norm": not args.no_norm}
     if args.no_dola:
         layer = tower_depth(tower)
     elif args.layer is not None:
@@ -248,7 +225,7 @@ def main() -> None:
         layer = pick_static_layer_index(tower_depth(tower), args.layer_ratio)
     weight = next(tower.parameters())
     for start in range(0, len(pictures), IMAGES_PER_BATCH):
-        images = processor.image_processor(pictures[start : start + IMAGES_PER_BATCH]).to(weight.device, weight.dtype)
+        images = pixel_values(processor.image_processor, pictures[start : start + IMAGES_PER_BATCH]).to(weight)
         if args.candidate_layers is None:
             p_hat = rerank_with_dola_static_siglip(tower, images, bank, layer, switches.alpha_V, tau, **contrast)
             layers = [layer] * len(images)
