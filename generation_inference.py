@@ -5,8 +5,10 @@ Everything here works on any object with the attribute names of a Janus model, t
 
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import numpy as np
@@ -32,6 +34,9 @@ from dola_runtime import (
 DECODED_TOGETHER = 16
 """Images that the VQ decoder turns to pixels at a time: its full-size feature maps are what takes memory there."""
 
+FASTEST_WINDOWS = {2: 16, 8: 8}
+"""Window by the most images decoded together that it is for; 1 beyond."""
+
 # --- prompts and pictures --------------------------------------------------------------------------------------------
 
 
@@ -56,6 +61,12 @@ def render_chat(vl_chat_processor, turns: Sequence[str], system_prompt: str = ""
 def format_image_prompt(vl_chat_processor, text: str) -> str:
     """The text as the chat string that asks for an image, ending in `<begin_of_image>`."""
     return render_chat(vl_chat_processor, [text]) + vl_chat_processor.image_start_tag
+
+
+def format_question(vl_chat_processor, question: str, num_images: int = 1) -> str:
+    """The question, behind as many images, as the chat string that asks for its answer."""
+    content = f"{vl_chat_processor.image_tag}\n" * num_images + question
+    return render_chat(vl_chat_processor, [content], vl_chat_processor.system_prompt)
 
 
 def pack_prompts(
@@ -228,28 +239,74 @@ def draw(probs: Tensor, noise: Tensor) -> Tensor:
     return (probs / noise).argmax(-1)
 
 
-def trace_choice(choice: Choice, layers: Sequence[int]) -> dict[str, Any]:
-    """`trace_step` of a step's images (of the conditional branch where guidance came last), with the layer of each."""
-    images, branches = len(choice.probs), len(choice.log_qN) // len(choice.probs)
-    if choice.candidate is None:
-        chosen = [layers[0] if layers else None] * images
-    else:
-        chosen = [layers[i] for i in choice.candidate[::branches].tolist()]
-    return trace_step(choice.log_qN[::branches], choice.log_qj[::branches], choice.probs) | {"layer": chosen}
+def describe_choice(choice: Choice, decoding: Decoding, noise: Tensor, top_k: int) -> dict[str, Tensor]:
+    """What DoLa did in a step to each of its images, `[images]`; q_N is the guided one, which the baseline draws from.
+
+    argmax_changed: whether p_hat's argmax is another than q_N's; layer: the one contrasted with. With a `top_k` also
+    what `trace_step` tells, and draw_changed: whether the baseline would have drawn another token with this noise.
+    """
+    branches = len(choice.log_qN) // len(choice.probs)
+    log_qN, log_qj = (guide_logits(x, decoding.cfg_weight) if branches == 2 else x for x in choice[1:3])
+    told = {"argmax_changed": choice.probs.argmax(-1) != log_qN.argmax(-1)}
+    if decoding.layers:
+        chosen = torch.zeros_like(log_qN[:, 0], dtype=torch.long)
+        chosen = chosen if choice.candidate is None else choice.candidate[::branches]
+        told["layer"] = torch.tensor(decoding.layers, device=log_qN.device)[chosen]
+    if top_k:
+        told |= trace_step(log_qN, log_qj, choice.probs, top_k)
+        noise = noise.reshape(log_qN.shape)
+        unchanged = draw(torch.softmax(log_qN / decoding.temperature, dim=-1), noise)
+        told["draw_changed"] = unchanged != draw(choice.probs, noise)
+    return told
 
 
-# --- the backbone: embeddings in, readable states of the wanted layers at the last position out -----------------------
+class Record:
+    """What DoLa did at each token of each image: the values of `describe_choice`, each `[images, T, ...]`."""
+
+    def __init__(self, images: int, num_tokens: int, top_k: int = 0):
+        self.shape, self.top_k = (images, num_tokens), top_k
+        self.values: dict[str, Tensor] = {}
+
+    def put(self, draft: "Draft", told: dict[str, Tensor]) -> None:
+        """Note what was told `[working * n, ...]` of the first n tokens not final; redraws replace it."""
+        for name, value in told.items():
+            if name not in self.values:
+                self.values[name] = value.new_zeros((*self.shape, *value.shape[1:]))
+            value = value.unflatten(0, (len(draft.rows), -1))
+            places = draft.places(0, value.shape[1])
+            if draft.window == 1:
+                self.values[name][draft.rows[:, None], places] = value
+            else:
+                inside = places < draft.num_tokens  # a window may reach beyond the last token
+                rows = draft.rows[:, None].expand_as(places)
+                self.values[name][rows[inside], places[inside]] = value[inside]
+
+    def steps(self) -> list[dict[str, Any]]:
+        """The same as one dict per token, lists over the images, with (token, probability) pairs for the top-k."""
+        listed = {name: value.transpose(0, 1).tolist() for name, value in self.values.items()}
+        for name in [name.removesuffix("_tokens") for name in listed if name.endswith("_tokens")]:
+            tokens = listed.pop(f"{name}_tokens")
+            listed[name] = [
+                [list(zip(*pair, strict=True)) for pair in zip(*step, strict=True)]
+                for step in zip(tokens, listed[name], strict=True)
+            ]
+        return [dict(zip(listed, step, strict=True)) for step in zip(*listed.values(), strict=True)]
+
+
+# --- the backbone: embeddings in, readable states of the wanted layers out --------------------------------------------
 
 
 class EagerBackbone:
-    """The language model's own forward pass with its own cache: any object, any transformers.
+    """The language model's own forward pass with its own cache, one token at a time: any object, any transformers.
 
-    layers: contrast layers to read, through LN_out unless `norm=False`. The other backbone also needs the rows that
-    are decoded together and the length of the longest sequence.
+    Reads the contrast layers of `decoding`, through LN_out unless its `norm` is False. The other backbone also needs
+    the rows that are decoded together, the length of the longest sequence, and the window, which here is always 1.
     """
 
-    def __init__(self, llama, layers: Sequence[int], norm: bool, rows: int, length: int):
-        self.llama, self.layers, self.norm = llama, layers, norm
+    window = 1
+
+    def __init__(self, llama, decoding: Decoding, rows: int, length: int, window: int):
+        self.llama, self.layers, self.norm = llama, decoding.layers, decoding.norm
         self.past, self.valid = None, None
 
     def prefill(self, embeds: Tensor, valid: Tensor | None, repeat: Tensor) -> Tensor:
@@ -258,7 +315,7 @@ class EagerBackbone:
         return self(embeds[repeat])
 
     def __call__(self, embeds: Tensor) -> Tensor:
-        """`[rows, T, width]` to the last position's `[1 + layers, rows, width]`, the last layer, normed, first."""
+        """`[rows, T, width]` to the last position's `[1 + layers, rows, 1, width]`, the last layer, normed, first."""
         placed: dict[str, Tensor] = {}
         if self.valid is not None:
             if self.past is not None:
@@ -273,14 +330,18 @@ class EagerBackbone:
             **placed,
         )
         self.past = outputs.past_key_values
-        states = [outputs.hidden_states[layer][:, -1] for layer in self.layers]
+        states = [outputs.hidden_states[layer][:, -1:] for layer in self.layers]
         return torch.stack(
-            [outputs.last_hidden_state[:, -1], *(self.llama.norm(h) if self.norm else h for h in states)]
+            [outputs.last_hidden_state[:, -1:], *(self.llama.norm(h) if self.norm else h for h in states)]
         )
 
-    def run(self, step: Callable[[], Any]) -> Any:
-        """Run one decoding step, which calls this backbone once."""
-        return step()
+    def run(self, step: Callable[..., Any], done: Sequence[int], *inputs: Tensor) -> Any:
+        """One step on tensors that begin with an axis of images, of which so many tokens are done; calls self once."""
+        return step(*inputs)
+
+    def keep(self, images: Sequence[int]) -> list[int]:
+        """Go on with these images, out of those in work: with a window of 1 all or none."""
+        return list(images)
 
 
 def pick_backbone(llama) -> type[Any]:
@@ -290,6 +351,102 @@ def pick_backbone(llama) -> type[Any]:
     except ImportError:  # a checkout of the original code
         return EagerBackbone
     return StaticBackbone if StaticBackbone.serves(llama) else EagerBackbone
+
+
+# --- several tokens per pass -----------------------------------------------------------------------------------------
+
+
+def pick_window(window: int | None, images: int) -> int:
+    """The window asked for, else the one that measured fastest with so many images at once (docs/windows.md).
+
+    Raises ValueError for one below 1.
+    """
+    if window is None:
+        return next((fastest for most, fastest in FASTEST_WINDOWS.items() if images <= most), 1)
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        raise ValueError(f"window must be a whole number of at least 1, got {window!r}")
+    return window
+
+
+class Draft:
+    """Tokens of images in work: of each the final ones, and behind them guesses at those that follow.
+
+    A token is a function of the tokens before it and of its own noise (`draw`). So a pass may redraw a whole window of
+    guesses: all redraws up to the first that differs from its guess, that one included, are what drawing one by one
+    gives (the sequence is the fixed point of this Jacobi iteration). Images progress each at its own pace.
+    """
+
+    def __init__(self, images: int, num_tokens: int, window: int, device: torch.device):
+        self.num_tokens, self.window = num_tokens, window
+        self.tokens = torch.zeros((images, num_tokens + 2 * window), dtype=torch.long, device=device)
+        self.final = torch.zeros(images, dtype=torch.long, device=device)  # how many of an image's tokens are final
+        self.rows = torch.arange(images, device=device)  # of the images in work
+        self.images, self.done = list(range(images)), [0] * images  # both on the host, of those in work
+
+    def places(self, start: int, stop: int) -> Tensor:
+        """From `start` to `stop`, counted from the first token not final, of each image in work, `[working, n]`."""
+        return self.final[self.rows, None] + torch.arange(start, stop, device=self.final.device)
+
+    def inputs(self) -> Tensor:
+        """What each image in work reads next: its last final token, then guesses, `[working, window]`."""
+        return self.tokens[self.rows[:, None], self.places(-1, self.window - 1)]
+
+    def accept(self, drawn: Tensor) -> list[range]:
+        """Take redraws `[working, n]` of the first n tokens not final; the places of each image that are so now."""
+        places, rows, before = self.places(0, drawn.shape[1]), self.rows[:, None], self.done
+        if self.window == 1:
+            self.final += 1
+            self.done = [n + 1 for n in before]
+        else:
+            agreed = (drawn == self.tokens[rows, places])[:, :-1].long().cumprod(1).sum(1)
+            self.final[self.rows] = (self.final[self.rows] + 1 + agreed).clamp(max=self.num_tokens)
+            self.done = self.final[self.rows].tolist()
+        self.tokens[rows, places] = drawn
+        self.guess(places[:, -1:])
+        return list(map(range, before, self.done))
+
+    def guess(self, last: Tensor) -> None:
+        """Fill the window behind the places `last` `[working, 1]` with the tokens above, in the first row the last."""
+        beyond, side = torch.arange(self.window - 1, device=last.device), math.isqrt(self.num_tokens)
+        above = last + 1 + beyond % side - side
+        rows = self.rows[:, None]
+        self.tokens[rows, last + 1 + beyond] = self.tokens[rows, torch.where(above < 0, last, above)]
+
+    def unfinished(self) -> list[int]:
+        """Which of the images in work lack tokens, as indices into them."""
+        return [i for i, done in enumerate(self.done) if done < self.num_tokens]
+
+    def keep(self, kept: Sequence[int]) -> None:
+        """Go on with these of the images in work."""
+        if len(kept) == len(self.images):
+            return
+        self.rows = self.rows[list(kept)]
+        self.images, self.done = [self.images[i] for i in kept], [self.done[i] for i in kept]
+
+
+class Noise:
+    """Exp(1) noise of every image and place, drawn in the order of one by one, and kept until it is used.
+
+    Place after place, each prompt's generator draws for all of its `parallel_size` samples, whichever are asked for.
+    """
+
+    def __init__(self, draft: Draft, seeds: Sequence[int | None], parallel_size: int, samples: slice, vocab: int):
+        device, places = draft.tokens.device, 1 if draft.window == 1 else draft.num_tokens
+        self.draft, self.generators = draft, make_generators(seeds, device)
+        self.parallel_size, self.samples, self.drawn = parallel_size, samples, 0
+        self.values = torch.empty((len(seeds), len(range(parallel_size)[samples]), places, vocab), device=device)
+
+    def take(self, n: int) -> Tensor:
+        """That of the first n tokens not final of each image in work, `[working, n, vocab]`."""
+        places, draft = self.values.shape[2], self.draft
+        while self.drawn < min(max(draft.done) + n, draft.num_tokens):
+            fill_noise(self.values[:, :, self.drawn % places], self.generators, self.parallel_size, self.samples)
+            self.drawn += 1
+        values = self.values.flatten(0, 1)
+        if places > 1:
+            values = values[draft.rows[:, None], draft.places(0, n).clamp(max=places - 1)]
+        self.taken = values
+        return values
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -305,37 +462,37 @@ def sample_image_tokens(
     parallel_size: int = 16,
     seeds: Sequence[int | None] | None = None,
     samples: slice = slice(None),
-    trace: list[dict[str, Any]] | None = None,
-    on_step: Callable[[], None] | None = None,
+    window: int | None = None,
+    record: Record | None = None,
+    on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Image tokens `[prompts, samples, T]` int64 for rendered prompts, all in one batch.
 
     Each prompt's noise is drawn from a generator of its own seed for all of its `parallel_size` samples, whatever else
     is in the batch and whichever `samples` of them are asked for; a seed of None takes torch's global generator.
+    `window` tokens of an image are decoded per pass (`Draft`, `pick_window`). `on_step` is called after each pass with
+    the number of tokens, over all images, that it made final.
     """
     llama, embed = mmgpt.language_model.model, mmgpt.language_model.get_input_embeddings()
     device, num_tokens = embed.weight.device, num_image_tokens(mmgpt, vl_chat_processor)
-    generators = make_generators(seeds or [None] * len(prompts), device)
     ids, valid = pack_prompts(vl_chat_processor, prompts, device)
-    per_prompt = len(range(parallel_size)[samples])
-    repeat = repeat_pairs(len(prompts), per_prompt).to(device)
-    noise = torch.empty((len(prompts), per_prompt, mmgpt.gen_embed.weight.shape[0]), device=device)
-    tokens = torch.empty((num_tokens, len(prompts) * per_prompt), dtype=torch.long, device=device)
-    token = tokens[0].clone()  # read and written in place, as a captured step needs it
-    backbone = pick_backbone(llama)(llama, decoding.layers, decoding.norm, len(repeat), ids.shape[1] + num_tokens)
-
-    for i in range(num_tokens):
-        fill_noise(noise, generators, parallel_size, samples)
-        if i == 0:
-            drawn, choice = draw_token(mmgpt, backbone.prefill(embed(ids), valid, repeat), noise, decoding)
-        else:
-            drawn, choice = backbone.run(lambda: decode_one_token(mmgpt, backbone, token, noise, decoding))
-        tokens[i] = token.copy_(drawn)
-        if trace is not None:
-            trace.append(trace_choice(choice, decoding.layers))
+    repeat = repeat_pairs(len(prompts), len(range(parallel_size)[samples])).to(device)
+    images, length = len(repeat) // 2, ids.shape[1] + num_tokens
+    backbone = pick_backbone(llama)(llama, decoding, 2 * images, length, pick_window(window, images))
+    draft = Draft(images, num_tokens, backbone.window, device)
+    noise = Noise(draft, seeds or [None] * len(prompts), parallel_size, samples, len(mmgpt.gen_embed.weight))
+    step = partial(decode_window, mmgpt, decoding, backbone)
+    drawn, choice = draw_tokens(mmgpt, decoding, backbone.prefill(embed(ids), valid, repeat), noise.take(1))
+    while True:
+        if record is not None:
+            record.put(draft, describe_choice(choice, decoding, noise.taken, record.top_k))
+        spans = draft.accept(drawn)
         if on_step is not None:
-            on_step()
-    return tokens.T.reshape(len(prompts), per_prompt, num_tokens)
+            on_step(sum(map(len, spans)))
+        draft.keep(backbone.keep(draft.unfinished()))
+        if not draft.images:
+            return draft.tokens[:, :num_tokens].reshape(len(prompts), -1, num_tokens)
+        drawn, choice = backbone.run(step, draft.done, draft.inputs(), noise.take(draft.window))
 
 
 def repeat_pairs(prompts: int, samples: int) -> Tensor:
@@ -348,22 +505,27 @@ def make_generators(seeds: Iterable[int | None], device: torch.device) -> list[t
 
 
 def fill_noise(noise: Tensor, generators: Sequence[torch.Generator | None], parallel_size: int, samples: slice) -> None:
-    """Exp(1) noise of one step into `[prompts, samples, vocab]`: of all of a prompt's samples, those asked for."""
-    whole = noise.new_empty((parallel_size, noise.shape[-1]))
+    """Exp(1) noise of one place into `[prompts, samples, vocab]`: of all of a prompt's samples, those asked for."""
     for of_prompt, generator in zip(noise, generators, strict=True):
-        of_prompt.copy_(whole.exponential_(generator=generator)[samples])
+        if len(of_prompt) == parallel_size:
+            of_prompt.exponential_(generator=generator)
+        else:
+            whole = noise.new_empty((parallel_size, noise.shape[-1]))
+            of_prompt.copy_(whole.exponential_(generator=generator)[samples])
 
 
-def draw_token(mmgpt, states: Tensor, noise: Tensor, decoding: Decoding) -> tuple[Tensor, Choice]:
-    """Read states `[1 + layers, 2 * images, width]` and draw each image's token, `[images]`."""
+def draw_tokens(mmgpt, decoding: Decoding, states: Tensor, noise: Tensor) -> tuple[Tensor, Choice]:
+    """Read states `[1 + layers, 2 * images, n, width]` and draw n tokens of each image, `[images, n]`."""
+    images, n = noise.shape[:2]
+    states = states.unflatten(1, (images, 2)).transpose(2, 3).flatten(1, 3)  # the branches alternate
     choice = choose_token(mmgpt.gen_head(states).float(), decoding)
-    return draw(choice.probs, noise.view(choice.probs.shape)), choice
+    return draw(choice.probs, noise.flatten(0, 1)).view(images, n), choice
 
 
-def decode_one_token(mmgpt, backbone, token: Tensor, noise: Tensor, decoding: Decoding) -> tuple[Tensor, Choice]:
-    """The tokens just drawn, `[images]`, through the backbone to the next ones; both branches read the same."""
-    embeds = mmgpt.prepare_gen_img_embeds(token.repeat_interleave(2)).unsqueeze(1)
-    return draw_token(mmgpt, backbone(embeds), noise, decoding)
+def decode_window(mmgpt, decoding: Decoding, backbone, tokens: Tensor, noise: Tensor) -> tuple[Tensor, Choice]:
+    """Tokens `[images, n]` through the backbone, and what follows each of them; both branches read the same."""
+    embeds = mmgpt.prepare_gen_img_embeds(tokens.repeat_interleave(2, dim=0))
+    return draw_tokens(mmgpt, decoding, backbone(embeds), noise)
 
 
 # --- one prompt ------------------------------------------------------------------------------------------------------
@@ -377,16 +539,27 @@ def generate_decoded(
     *,
     parallel_size: int = 16,
     seed: int | None = None,
+    window: int | None = None,
     trace: list[dict[str, Any]] | None = None,
 ) -> tuple[list[Image.Image], Tensor]:
     """Images of one rendered prompt by any decoding, and their tokens `[parallel_size, T]` int64.
 
-    Decodings called with one seed share their noise. A list given as `trace` receives one dict per step
-    (`trace_choice`).
+    Decodings called with one seed share their noise, whatever the `window`, the tokens of an image decoded per pass. A
+    list given as `trace` receives one dict per token (`Record.steps`), with the top-5.
     """
+    record = None if trace is None else Record(parallel_size, num_image_tokens(mmgpt, vl_chat_processor), top_k=5)
     (tokens,) = sample_image_tokens(
-        mmgpt, vl_chat_processor, [prompt], decoding, parallel_size=parallel_size, seeds=[seed], trace=trace
+        mmgpt,
+        vl_chat_processor,
+        [prompt],
+        decoding,
+        parallel_size=parallel_size,
+        seeds=[seed],
+        window=window,
+        record=record,
     )
+    if trace is not None and record is not None:
+        trace += record.steps()
     return tokens_to_images(mmgpt, tokens), tokens
 
 
@@ -402,6 +575,7 @@ class SamplingOptions(TypedDict, total=False):
     parallel_size: int
     cfg_weight: float | None
     seed: int | None
+    window: int | None
     trace: list[dict[str, Any]] | None
 
 
@@ -440,6 +614,7 @@ def generate_with_dola_static(
     parallel_size: int = 16,
     cfg_weight: float | None = None,
     seed: int | None = None,
+    window: int | None = None,
     # output
     return_tokens: bool = False,
     trace: list[dict[str, Any]] | None = None,
@@ -448,9 +623,10 @@ def generate_with_dola_static(
 
     `layer` is in 1..N (N, like `use_dola=False`, samples from the last layer: in float32 the tokens of `generate` for
     the same seed); without it, `layer_ratio` of the depth. `gamma=0` is APC only, and `norm=False` reads the layer
-    without LN_out. `cfg_weight=None` is the checkpoint's own guidance. A list given as `trace` receives one dict per
-    step (`trace_choice`). Returns the PIL images, or with `return_tokens` (images, tokens `[parallel_size, T]` int64).
-    Raises ValueError for a layer, ratio, alpha, gamma, temperature, cfg_weight or cfg_order outside its range.
+    without LN_out. `cfg_weight=None` is the checkpoint's own guidance. `window` tokens of an image are decoded per
+    pass, to the same tokens (None: what measured fastest). A list given as `trace` receives one dict per token
+    (`Record.steps`). Returns the PIL images, or with `return_tokens` (images, tokens `[parallel_size, T]` int64).
+    Raises ValueError for a layer, ratio, alpha, gamma, temperature, cfg_weight, cfg_order or window out of range.
     """
     layers = pick_contrast_layers(len(mmgpt.language_model.model.layers), layer, layer_ratio)
     cfg_weight = default_guidance(mmgpt) if cfg_weight is None else cfg_weight
@@ -462,6 +638,7 @@ def generate_with_dola_static(
         decoding if use_dola else decoding.baseline,
         parallel_size=parallel_size,
         seed=seed,
+        window=window,
         trace=trace,
     )
     return (images, tokens) if return_tokens else images
@@ -492,6 +669,7 @@ def generate_with_dola(
     parallel_size: int = 16,
     cfg_weight: float | None = None,
     seed: int | None = None,
+    window: int | None = None,
     # output
     return_tokens: bool = False,
     trace: list[dict[str, Any]] | None = None,
@@ -511,6 +689,7 @@ def generate_with_dola(
         decoding if use_dola else decoding.baseline,
         parallel_size=parallel_size,
         seed=seed,
+        window=window,
         trace=trace,
     )
     return (images, tokens) if return_tokens else images
@@ -547,5 +726,6 @@ if __name__ == "__main__":
     try:
         from janus.dola.cli import run_command
     except ImportError:
-        raise SystemExit("error: this command needs the folder janus/dola/ beside it") from None
+        print("error: this command needs the folder janus/dola/ beside it", file=sys.stderr)
+        raise SystemExit(2) from None
     run_command(main)

@@ -26,10 +26,11 @@ from generation_inference import (
     sample_image_tokens,
     tokens_to_images,
 )
+from janus.dola.checkpoint_files import restore_tables, translate
 from janus.dola.cli import JANUS_TINY, CommandParser, add_model_arguments, positive, run_command
 from janus.dola.loading import load_pretrained_model, resolve_device, resolve_dtype
 from janus.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor
-from janus.models.checkpoint import TRANSFORMERS_FORMAT, _materialise, _translate
+from janus.models.checkpoint import TRANSFORMERS_FORMAT
 
 SIZES = {
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24, "num_attention_heads": 16},
@@ -50,8 +51,10 @@ def random_janus(size: str, dtype: torch.dtype, device: torch.device) -> MultiMo
         gen_head_config={"params": {"n_embed": width, "image_token_embed": width}},
     )
     with torch.device("meta"):
-        model = MultiModalityCausalLM(config)
-    for name, parameter in _materialise(model, dtype, device).items():
+        model: Any = MultiModalityCausalLM(config)
+    model.to(dtype).to_empty(device=device)
+    restore_tables(model, device)
+    for name, parameter in model.named_parameters():
         parameter.data.fill_(1.0) if "norm" in name and name.endswith("weight") else parameter.data.normal_(0, 0.02)
     return model.eval()
 
@@ -82,7 +85,7 @@ def as_transformers(model: MultiModalityCausalLM, processor: VLChatProcessor) ->
     )
     state = {}
     for name, tensor in model.state_dict().items():
-        stored = [s for rule in TRANSFORMERS_FORMAT if (s := _translate(name, rule.own, rule.stored)) is not None]
+        stored = [s for rule in TRANSFORMERS_FORMAT if (s := translate(name, rule.own, rule.stored)) is not None]
         if stored and ".head." not in name:  # transformers' Janus has no pooling head
             state[stored[-1]] = tensor
     with torch.device("meta"):

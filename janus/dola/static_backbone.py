@@ -1,33 +1,76 @@
-"""The LLaMA backbone over a preallocated cache: no growing tensors, and on CUDA one captured graph per step."""
+"""The LLaMA backbone over a preallocated cache, several positions per pass; on CUDA one captured graph per step.
 
+It leans on what transformers does inside, and nothing else here does; `StaticBackbone.serves` tells where it holds
+(4.56 and newer; before, the eager backbone decodes), tests/test_transformers_internals.py tries it on a release:
+
+- `LlamaDecoderLayer(h, attention_mask=, position_embeddings=, use_cache=, and the cache as past_key_values= or, from
+  5.24, as cache=)` returns the states alone.
+- Each attention layer calls `cache.update(key, value, layer_idx, ...)` once, and attends to what comes back.
+- Attention looks up `config._attn_implementation` at every call. "sdpa" takes a mask of bools (true: attend) or one
+  that is added, and without a mask is causal unless there is one query; "eager" adds the mask it is given.
+- `LlamaModel` has `layers`, `norm`, `embed_tokens`, and `rotary_emb(h, positions)` that gives `position_embeddings`.
+  Attention layers have `head_dim`, the config `num_key_value_heads`.
+"""
+
+import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from inspect import signature
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import LlamaModel
 
-BUCKET = 128
-"""On CUDA a step is captured once per this many cache positions, so that attention reads little but what is filled."""
+BUCKET, GRAPH_BUCKET = 16, 128
+"""Attention reads so many cache positions or a multiple. The cache grows by the first, so that what is read lies in one
+piece (the CPU's products copy what does not); where steps are captured, it is whole, and there is a graph for each."""
+
+use_graphs = True
+"""Whether steps are captured on CUDA; after a capture that fails they are not."""
+
+capture_lock = threading.Lock()
+"""Held during a capture; other threads hold it while they start work on the same device."""
 
 
 def uses_graphs(device: torch.device) -> bool:
-    return device.type == "cuda"
+    return use_graphs and device.type == "cuda"
 
 
-def capture(step: Callable[[], Any]) -> Callable[[], Any]:
-    """The CUDA graph of a step, as a function that replays it and returns what it returned, at its first place.
+class Workspace:
+    """The cache of a batch, and what captured steps are bound to beside it: they serve the next batch of its shape.
 
-    The step may run more than once before.
+    cache: by layer, keys and values `[2, rows, heads, capacity, dim]`; start, first: where in it each row's prompt
+    begins, and where the first token of a step goes, `[rows]`; inputs: buffers of the step's inputs.
     """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # the warm-up that capture asks for
-        step()
-    torch.cuda.current_stream().wait_stream(side)
+
+    def __init__(self, llama: LlamaModel, rows: int, capacity: int):
+        attention: Any = llama.layers[0].self_attn
+        heads: Any = llama.config.num_key_value_heads
+        weight = llama.embed_tokens.weight
+        shape = (2, rows, heads, capacity, attention.head_dim)
+        self.cache = [weight.new_zeros(shape) for _ in llama.layers]  # masked, but 0 x NaN is NaN
+        self.start, self.first = torch.zeros((2, rows), dtype=torch.long, device=weight.device)
+        self.inputs: list[Tensor] = []
+        self.replays: dict[Any, Callable[[], Any]] = {}
+        self.pool: Any = None  # one memory pool and one side stream for all captures
+        self.side: Any = None
+
+
+kept_workspaces: WeakKeyDictionary[LlamaModel, tuple[Any, Workspace]] = WeakKeyDictionary()
+"""By model, shape and workspace of the last batch whose steps were captured; a batch takes it out and puts it back."""
+
+
+def capture(step: Callable[[], Any], space: Workspace) -> Callable[[], Any]:
+    """The CUDA graph of a step that has run before, as a function that replays it and returns what it returned."""
+    device = space.first.device
+    if space.pool is None:
+        space.pool, space.side = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture_lock, torch.cuda.graph(graph, space.pool, space.side, capture_error_mode="thread_local"):
         result = step()
 
     def replay() -> Any:
@@ -48,98 +91,155 @@ def attending_by(implementation: str, llama: LlamaModel) -> Iterator[None]:
         llama.config._attn_implementation = own
 
 
+def cache_name(llama: LlamaModel) -> str | None:
+    """The name under which a decoder layer takes its cache; None before transformers 4.56, where this cannot serve."""
+    parameters = signature(type(llama.layers[0]).forward).parameters
+    return next((name for name in ("past_key_values", "cache") if name in parameters), None)
+
+
 class StaticBackbone:
     """Reads the wanted layers of transformers' LlamaModel; itself the cache that its attention layers update.
 
-    layers: contrast layers to read, through LN_out unless `norm=False`; rows: sequences decoded together; length:
-    positions of the longest prompt plus the tokens to come.
+    decoding: tells which contrast layers are read and how, and captured steps apart; rows: sequences decoded together;
+    length: positions of the longest prompt plus the tokens to come; window: positions read per pass.
     """
 
-    def __init__(self, llama: LlamaModel, layers: Sequence[int], norm: bool, rows: int, length: int):
-        config, weight = llama.config, llama.embed_tokens.weight
-        self.llama, self.layers, self.norm = llama, layers, norm
-        self.graphed = uses_graphs(weight.device)
-        capacity = -(-length // BUCKET) * BUCKET if self.graphed else length
-        attention: Any = llama.layers[0].self_attn
-        heads: Any = config.num_key_value_heads
-        shape = (len(llama.layers), 2, rows, heads, capacity, attention.head_dim)
-        self.cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)  # masked, but 0 x NaN is NaN
-        self.mask = torch.full((rows, 1, 1, capacity), -torch.inf, dtype=weight.dtype, device=weight.device)
-        self.position = torch.zeros(1, dtype=torch.long, device=weight.device)
-        self.masked = self.graphed
-        self.capturing = False
-        self.replays: dict[int, Callable[[], Any]] = {}
+    def __init__(self, llama: LlamaModel, decoding, rows: int, length: int, window: int):
+        self.llama, self.decoding, self.rows, self.window = llama, decoding, rows, window
+        self.cache_name: Any = cache_name(llama)
+        self.graphed = uses_graphs(llama.embed_tokens.weight.device)
+        self.shape = (rows, self.in_buckets(length + window) if self.graphed else 0, window)
+        kept = kept_workspaces.pop(llama, None)
+        if kept is not None and kept[0] != self.shape:
+            kept = None  # before its successor is made: not both in memory
+        self.space = Workspace(llama, *self.shape[:2]) if kept is None else kept[1]
 
     @staticmethod
     def serves(llama) -> bool:
-        return isinstance(llama, LlamaModel) and llama.config._attn_implementation == "sdpa"
+        """Whether this is a LLaMA of transformers that attends by sdpa and takes its cache as this class gives it.
 
-    def update(self, key: Tensor, value: Tensor, layer: int, *_) -> tuple[Tensor, Tensor]:
-        """Called by each attention layer: write one position, return what is filled, `[rows, heads, length, dim]`."""
-        cache = self.target[layer]
-        for stored, new in zip(cache, (key, value), strict=True):
-            stored.index_copy_(2, self.slots, new)
-        return cache[0, :, :, : self.visible], cache[1, :, :, : self.visible]
+        Whole on one device and outside autocast.
+        """
+        if not isinstance(llama, LlamaModel) or llama.config._attn_implementation != "sdpa" or not cache_name(llama):
+            return False
+        devices = {parameter.device for parameter in llama.parameters()}
+        return len(devices) == 1 and not torch.is_autocast_enabled(devices.pop().type)
+
+    def in_buckets(self, positions: int) -> int:
+        bucket = GRAPH_BUCKET if self.graphed else BUCKET
+        return -(-positions // bucket) * bucket
 
     def prefill(self, embeds: Tensor, valid: Tensor | None, repeat: Tensor) -> Tensor:
         """Read each of `[prompts, T, width]` once (`valid` marks tokens), then repeat its cache as `repeat` says."""
-        prompts, length = embeds.shape[:2]
-        self.target = self.cache.new_empty(
-            (*self.cache.shape[:2], prompts, self.cache.shape[3], length, self.cache.shape[5])
-        )
-        self.slots, self.visible = torch.arange(length, device=embeds.device), length
+        length = self.length = embeds.shape[1]
+        slots = torch.arange(length, device=embeds.device)
         if valid is None:
-            self.start = torch.zeros(1, dtype=torch.long, device=embeds.device)
-            mask, positions = None, self.slots[None]
-            self.mask[..., :length] = 0
+            mask, positions = None, slots[None]
+            self.space.start.zero_()
         else:
             starts = (~valid).sum(-1)
             causal = torch.ones((length, length), dtype=torch.bool, device=embeds.device).tril()
             itself = torch.eye(length, dtype=torch.bool, device=embeds.device)  # else a padding row would be empty
             mask = (causal & valid[:, None, None, :]) | itself
-            positions = (self.slots[None] - starts[:, None]).clamp(min=0)
-            self.start = starts[repeat]
-            self.mask[..., :length].masked_fill_(valid[repeat, None, None], 0)
-            self.masked = True
-        states = self._forward(embeds, mask, positions)[:, repeat]
-        for own, read in zip(self.cache, self.target, strict=True):  # by layer: no second cache in memory
-            own[..., :length, :] = read[:, repeat]
-        self.target, self.slots, self.filled = self.cache, self.position, length
-        return states
+            positions = (slots[None] - starts[:, None]).clamp(min=0)
+            self.space.start.copy_(starts[repeat])
+        self.slots, self.read = None, []
+        states = self._forward(embeds, mask, positions)[:, :, -1:]
+        self._make_visible(length + self.window)
+        for cache, read in zip(self.space.cache, self.read, strict=True):
+            for own, new in zip(cache, read, strict=True):
+                own[:, :, :length] = new[repeat]
+                own[:, :, length:] = 0
+        del self.read
+        return states[:, repeat]
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *_) -> tuple[Tensor, Tensor]:
+        """Called by each attention layer: store what is new, return all to attend to, `[rows, heads, length, dim]`."""
+        if self.slots is None:
+            self.read.append((key, value))
+            return key, value
+        keys, values = self.space.cache[layer]
+        for stored, new in ((keys, key), (values, value)):
+            stored.flatten(0, 2).index_copy_(0, self.slots, new.transpose(1, 2).flatten(0, 2))
+        return keys[: self.rows, :, : self.visible], values[: self.rows, :, : self.visible]
+
+    def run(self, step: Callable[..., Any], done: Sequence[int], *inputs: Tensor) -> Any:
+        """Run one step, which calls this backbone once, on inputs that begin with an axis of images.
+
+        `done`: of how many of its tokens an image's step knows. On CUDA a graph, captured once for each bucket.
+        """
+        self._make_visible(self.length - 1 + max(done) + self.window)
+        first = torch.tensor(done).repeat_interleave(2) + (self.length - 1)
+        self.space.first[: self.rows].copy_(first)
+        return self._replay(step, inputs) if self.graphed else step(*inputs)
 
     def __call__(self, embeds: Tensor) -> Tensor:
-        """One token for every row, `[rows, 1, width]`, to `[1 + layers, rows, width]`, last layer first, all normed."""
-        if not self.capturing:
-            self._advance()
-        self.mask.index_fill_(3, self.position, 0)
-        mask = self.mask[..., : self.visible] if self.masked else None
-        # for a single query the CPU's fused kernel is slower than the two products that it fuses
-        with attending_by("eager" if embeds.device.type == "cpu" else "sdpa", self.llama):
-            return self._forward(embeds, mask, (self.position - self.start)[:, None])
+        """A window of each row, `[rows, n, width]`, to `[1 + layers, rows, n, width]`, last layer first, all normed."""
+        device, capacity, heads = embeds.device, *self.space.cache[0].shape[3:1:-1]
+        slots = self.space.first[: self.rows, None] + torch.arange(embeds.shape[1], device=device)
+        lines = torch.arange(self.rows * heads, device=device).view(self.rows, 1, heads)
+        self.slots = (lines * capacity + slots[:, :, None]).flatten()
+        start, keys = self.space.start[: self.rows, None], torch.arange(self.visible, device=device)
+        seen = (keys >= start[:, :, None]) & (keys <= slots[:, :, None])
+        mask = torch.zeros(seen.shape, dtype=embeds.dtype, device=device).masked_fill_(~seen, -torch.inf)[:, None]
+        # for few queries the CPU's fused kernel is slower than the two products that it fuses
+        with attending_by("eager" if device.type == "cpu" else "sdpa", self.llama):
+            return self._forward(embeds, mask, slots - start)
 
-    def _advance(self) -> None:
-        self.position.fill_(self.filled)
-        self.filled += 1
-        self.visible = self.filled if not self.graphed else -(-self.filled // BUCKET) * BUCKET
+    def keep(self, images: Sequence[int]) -> list[int]:
+        """Go on with these images (pairs of rows) out of those in work; the places that they now have among them.
+
+        Where steps are captured there are graphs for powers of two only, and some that are not wanted may stay.
+        """
+        size = len(images)
+        if size == self.rows // 2:
+            return list(images)
+        if self.graphed and size:
+            size = min(self.rows // 2, 1 << (size - 1).bit_length())
+        kept = list(range(size))
+        for place, image in zip(sorted(set(kept) - set(images)), [i for i in images if i >= size], strict=False):
+            kept[place] = image
+            to, of = slice(2 * place, 2 * place + 2), slice(2 * image, 2 * image + 2)
+            self.space.start[to] = self.space.start[of]
+            for layer in self.space.cache:
+                layer[:, to] = layer[:, of]
+        self.rows = 2 * size
+        if self.graphed and not size:
+            kept_workspaces[self.llama] = (self.shape, self.space)
+        return kept
+
+    def _make_visible(self, positions: int) -> None:
+        self.visible = self.in_buckets(positions)
+        for layer, old in enumerate(self.space.cache):
+            if self.visible > old.shape[3]:  # layer by layer: no second cache in memory
+                new = old.new_zeros((2, self.rows, old.shape[2], self.visible, old.shape[4]))
+                new[..., : old.shape[3], :] = old[:, : self.rows]
+                self.space.cache[layer] = new
+
+    def _replay(self, step: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
+        global use_graphs
+        space, key = self.space, (self.decoding, self.rows, self.visible)
+        space.inputs = space.inputs or [torch.empty_like(given) for given in inputs]
+        fixed = [buffer[: len(given)].copy_(given) for buffer, given in zip(space.inputs, inputs, strict=True)]
+        if key not in space.replays:
+            step(*fixed)  # the run before that capture asks for
+            try:
+                space.replays[key] = capture(partial(step, *fixed), space)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                use_graphs = self.graphed = False
+                warnings.warn(f"no CUDA graphs, steps run one kernel at a time: {error}", stacklevel=2)
+                return step(*inputs)
+        return space.replays[key]()
 
     def _forward(self, h: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
         rotary = self.llama.rotary_emb(h, positions)
         states = []
         for depth, layer in enumerate(self.llama.layers, start=1):
-            h = layer(h, attention_mask=mask, position_embeddings=rotary, past_key_values=self, use_cache=True)
-            if depth in self.layers:
-                states.append(h[:, -1])
-        if self.norm:
-            return self.llama.norm(torch.stack([h[:, -1], *states]))
-        return torch.stack([self.llama.norm(h[:, -1]), *states])
-
-    def run(self, step: Callable[[], Any]) -> Any:
-        """Run one step, which calls this backbone once; on CUDA as a graph, captured once for each bucket."""
-        if not self.graphed:
-            return step()
-        self._advance()
-        if self.visible not in self.replays:
-            self.capturing = True
-            self.replays[self.visible] = capture(step)
-            self.capturing = False
-        return self.replays[self.visible]()
+            h = layer(h, attention_mask=mask, position_embeddings=rotary, use_cache=True, **{self.cache_name: self})
+            if depth in self.decoding.layers:
+                states.append(h)
+        if self.decoding.norm:
+            return self.llama.norm(torch.stack([h, *states]))
+        return torch.stack([self.llama.norm(h), *states])
