@@ -1,72 +1,76 @@
-"""prompt.json to images, with DoLa or without, or both side by side."""
+"""Prompts to images, with DoLa or without, or any decodings side by side."""
+
+if __name__ == "__main__":
+    from janus.dola.interrupt import exit_on_interrupt
+
+    exit_on_interrupt()  # the imports below take seconds
 
 import argparse
-import hashlib
-import math
+import json
 import os
-import re
 import time
-import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
-from dola_runtime import check_alpha, check_cfg_weight, check_temperature, pick_contrast_layers
+from dola_runtime import (
+    DEFAULT_LAYER_RATIO,
+    check_alpha,
+    check_cfg_weight,
+    check_gamma,
+    check_temperature,
+    pick_contrast_layers,
+)
 from generation_inference import (
     Decoding,
+    Record,
     default_guidance,
     format_image_prompt,
     num_image_tokens,
     sample_image_tokens,
     tokens_to_images,
 )
-from janus.dola.cli import JANUS_TINY, CommandParser, add_model_arguments, parse_layers, positive, run_command
-from janus.dola.files import RunLog, read_json_file, write_whole
-from janus.dola.loading import load_pretrained_model, resolve_device, resolve_dtype
+from janus.dola.cli import (
+    JANUS_TINY,
+    CommandParser,
+    Progress,
+    add_dola_arguments,
+    add_model_arguments,
+    is_out_of_memory,
+    positive,
+    run_command,
+    run_settings,
+)
+from janus.dola.files import RunLog, read_json_file
+from janus.dola.loading import load_pretrained_model
+from janus.dola.painting import (
+    IMAGE_SETTINGS,
+    PaintingRun,
+    cut_batch,
+    image_hash,
+    is_batch_sizes,
+    is_run_file,
+    prompt_seed,
+    variant_folders,
+)
+from janus.dola.pictures import read_settings, save_image
+from janus.dola.prompt_files import Prompt, read_prompts
 from janus.dola.switches import DoLaSwitches
+from janus.dola.variants import LAYER_KEYWORDS, parse_variants
 
 EXAMPLE_PROMPTS = Path(__file__).parent / "examples" / "prompt.json"
 MAX_IMAGES_PER_BATCH = {"cpu": 64, "cuda": 256}
+TRACED = 5
+"""How many of the most probable tokens a trace tells."""
 
-
-def read_prompts(path: str | os.PathLike, max_prompts: int | None = None) -> list[str]:
-    """The prompts of a `{"prompts": [...]}` file. Raises ValueError naming the file and the entry."""
-    content = read_json_file(path)
-    if not isinstance(content, dict) or "prompts" not in content:
-        raise ValueError(f'{path}: expected an object with the key "prompts"')
-    prompts = content["prompts"]
-    if not isinstance(prompts, list) or not prompts:
-        raise ValueError(f'{path}: "prompts" must be a list of at least one prompt')
-    for i, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            raise ValueError(f"{path}: prompts[{i}] must be a string, found {type(prompt).__name__}")
-        if not prompt.strip():
-            raise ValueError(f"{path}: prompts[{i}] is blank")
-        if re.search("[\ud800-\udfff]", prompt):
-            raise ValueError(f"{path}: prompts[{i}] holds half a surrogate pair, which is not text")
-    return prompts[:max_prompts]
-
-
-def prompt_seed(seed: int, prompt: str) -> int:
-    """The seed of one prompt's noise: from the run's seed and the prompt alone, so that nothing else moves it."""
-    return int.from_bytes(hashlib.sha256(f"{seed}\n{prompt}".encode()).digest()[:8], "big") >> 1
-
-
-def file_stub(prompt: str, max_chars: int = 50, max_bytes: int = 120) -> str:
-    """The prompt as a part of a file name on any system: Unicode kept, separators and the like as `_`, bounded."""
-    text = unicodedata.normalize("NFC", prompt).strip()[:max_chars]
-    text = "".join(c if unicodedata.category(c)[0] in "LMNS" and c not in '<>|"`$^~+=' else "_" for c in text)
-    text = re.sub("_+", "_", text).strip("_") or "prompt"
-    return text.encode()[:max_bytes].decode(errors="ignore")
-
-
-# --- batches ---------------------------------------------------------------------------------------------------------
+# --- within memory ---------------------------------------------------------------------------------------------------
 
 
 def images_per_batch(model, num_layers_read: int, max_length: int) -> int:
@@ -83,223 +87,162 @@ def images_per_batch(model, num_layers_read: int, max_length: int) -> int:
     return max(1, min(MAX_IMAGES_PER_BATCH.get(device.type, 64), int(0.7 * free / (cache + logits))))
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
-def sample_within_memory(
-    model, processor, prompts: list[str], decoding: Decoding, seeds: list[int], parallel_size: int, rows: slice, on_step
-) -> Tensor:
-    """`sample_image_tokens`, halving the prompts, then the rows, where memory runs out: `[prompts, rows, T]`."""
+def decode_within_memory(model, tokens: Tensor) -> list[Image.Image]:
+    """`tokens_to_images`, halving the codes where memory runs out."""
     try:
-        return sample_image_tokens(
-            model,
-            processor,
-            prompts,
-            decoding,
-            parallel_size=parallel_size,
-            seeds=seeds,
-            samples=rows,
-            on_step=on_step,
-        )
+        return tokens_to_images(model, tokens)
     except (RuntimeError, MemoryError) as error:
-        count = rows.stop - rows.start
-        if not is_out_of_memory(error) or (len(prompts) == 1 and count == 1):
+        if not is_out_of_memory(error) or len(tokens) == 1:
             raise
+    free_cached_memory()
+    halves = tokens.tensor_split(2)
+    return [image for half in halves for image in decode_within_memory(model, half)]
+
+
+def free_cached_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if len(prompts) > 1:
-        half = len(prompts) // 2
-        parts = [(prompts[:half], seeds[:half], rows), (prompts[half:], seeds[half:], rows)]
-    else:
-        middle = rows.start + count // 2
-        parts = [(prompts, seeds, slice(rows.start, middle)), (prompts, seeds, slice(middle, rows.stop))]
-    tqdm.write(f"out of memory with {len(prompts)} prompts x {count} images: trying half")
-    sampled = [sample_within_memory(model, processor, p, decoding, s, parallel_size, r, on_step) for p, s, r in parts]
-    return torch.cat(sampled, dim=0 if len(prompts) > 1 else 1)
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- painting --------------------------------------------------------------------------------------------------------
+
+Sampled = tuple[Tensor, dict[str, np.ndarray]]
+"""Tokens `[prompts, samples, T]` of one variant, and what was recorded of them, each `[prompts, samples, T, ...]`."""
 
 
-def save_image(image: Image.Image, path: Path) -> None:
-    options = {"quality": 95} if path.suffix == ".jpg" else {}
-    kind = "JPEG" if path.suffix == ".jpg" else "PNG"
-    write_whole(path, lambda temporary: image.save(temporary, format=kind, **options))
+def sample_slices(parallel_size: int, images: int) -> list[slice]:
+    """A prompt's samples, so many at a time."""
+    return [slice(first, min(first + images, parallel_size)) for first in range(0, parallel_size, images)]
 
 
-def contact_sheet(title: str, rows: dict[str, list[Image.Image]], cell: int = 128) -> Image.Image:
-    """Labelled rows of images below a title, each image scaled into a cell."""
-    font = ImageFont.load_default(13)
-    label = 8 + max(int(font.getlength(name)) for name in rows) + 8
-    width = label + max(map(len, rows.values())) * (cell + 4)
-    while title and font.getlength(title) > width - 8:
-        title = title[:-2] + "…"
-    sheet = Image.new("RGB", (width, 26 + len(rows) * (cell + 4)), "white")
-    pen = ImageDraw.Draw(sheet)
-    pen.text((4, 5), title, fill="black", font=font)
-    for r, (name, images) in enumerate(rows.items()):
-        top = 24 + r * (cell + 4)
-        pen.text((8, top + cell // 2 - 8), name, fill="black", font=font)
-        for c, image in enumerate(images):
-            sheet.paste(image.resize((cell, cell), Image.Resampling.LANCZOS), (label + c * (cell + 4), top))
-    return sheet
-
-
-def tile(sheets: Sequence[Image.Image]) -> Image.Image:
-    """Sheets of one size in a grid about as wide as high."""
-    width, height = max(s.width for s in sheets), max(s.height for s in sheets)
-    columns = max(1, round(math.sqrt(len(sheets) * height / width)))
-    whole = Image.new("RGB", (columns * width, -(-len(sheets) // columns) * height), "white")
-    for i, sheet in enumerate(sheets):
-        whole.paste(sheet, (i % columns * width, i // columns * height))
-    return whole
-
-
-# --- the run ---------------------------------------------------------------------------------------------------------
-
-
-class BatchRun:
-    """One run over a prompt list: which images are wanted, where they go, what is done already."""
-
-    def __init__(self, outdir: Path, prompts: list[str], variants: dict[str, Decoding], suffix: str, args, settings):
-        self.outdir, self.prompts, self.variants, self.suffix = outdir, prompts, variants, suffix
-        self.parallel_size, self.seed = args.parallel_size, args.seed
-        manifest = outdir / "manifest.jsonl"
-        if outdir.is_dir() and not manifest.exists() and not args.overwrite:
-            foreign = [file for i in range(len(prompts)) for file in self.files(i) if (outdir / file).exists()]
-            if foreign:
-                raise ValueError(f"{outdir / foreign[0]} exists and no manifest.jsonl names it: pass --overwrite")
-        self.log = RunLog(manifest, settings, args.overwrite)
-        for index, entries in self.log.entries.items():
-            if index < len(prompts) and entries[0]["prompt"] != prompts[index]:
-                raise ValueError(
-                    f"{outdir} holds another prompt list (prompt {index} is {entries[0]['prompt']!r}): "
-                    "choose another directory, or pass --overwrite"
-                )
-        for name in variants if len(variants) > 1 else ():
-            (outdir / name).mkdir(exist_ok=True)
-        self.todo = [i for i in range(len(prompts)) if not self.finished(i)]
-
-    def stem(self, index: int) -> str:
-        return f"{index:04d}_{file_stub(self.prompts[index])}"
-
-    def files(self, index: int) -> list[str]:
-        folders = [f"{name}/" for name in self.variants] if len(self.variants) > 1 else [""]
-        return [f"{f}{self.stem(index)}_p{k}{self.suffix}" for f in folders for k in range(self.parallel_size)]
-
-    def finished(self, index: int) -> bool:
-        return index in self.log.entries and all((self.outdir / f).is_file() for f in self.files(index))
-
-    def write(self, index: int, images: list[Image.Image], tokens: Tensor) -> None:
-        """Write one prompt's images (variant by variant; tokens `[images, T]`), its sheet, and its manifest lines."""
-        files, entries = self.files(index), []
-        for i, (file, image, row) in enumerate(zip(files, images, tokens.cpu(), strict=True)):
-            save_image(image, self.outdir / file)
-            variant, decoding = list(self.variants.items())[i // self.parallel_size]
-            sheet = {"sheet": f"{self.stem(index)}_ab.png"} if len(self.variants) > 1 else {}
-            entries.append(
-                {
-                    "prompt": self.prompts[index],
-                    "image": i % self.parallel_size,
-                    "variant": variant,
-                    "seed": prompt_seed(self.seed, self.prompts[index]),
-                    "layer": list(decoding.layers) if len(decoding.layers) > 1 else next(iter(decoding.layers), None),
-                    "file": file,
-                    **sheet,
-                    "tokens_sha256": hashlib.sha256(row.numpy().tobytes()).hexdigest(),
-                }
+def sample_variant(
+    run: PaintingRun, model, processor, batch: range, images: int, decoding: Decoding, on_step: Callable[[int], None]
+) -> Sampled:
+    """A batch's prompts under one decoding, so many images of each at a time; `on_step` is told of the tokens made."""
+    prompts = [format_image_prompt(processor, run.prompts[index].text) for index in batch]
+    tokens, told = [], []
+    for samples in sample_slices(run.parallel_size, images):
+        count = len(batch) * (samples.stop - samples.start)
+        record = Record(count, num_image_tokens(model, processor), TRACED if run.trace else 0)
+        tokens.append(
+            sample_image_tokens(
+                model,
+                processor,
+                prompts,
+                decoding,
+                parallel_size=run.parallel_size,
+                seeds=[run.prompt_seed(index) for index in batch],
+                samples=samples,
+                record=record if run.trace or decoding != decoding.baseline else None,
+                on_step=on_step,
             )
-        if len(self.variants) > 1:
-            save_image(self.sheet(index), self.outdir / f"{self.stem(index)}_ab.png")
-        self.log.add(index, entries)
-
-    def sheet(self, index: int) -> Image.Image:
-        images = [Image.open(self.outdir / file).convert("RGB") for file in self.files(index)]
-        rows = {n: images[i * self.parallel_size :][: self.parallel_size] for i, n in enumerate(self.variants)}
-        return contact_sheet(self.prompts[index], rows)
+        )
+        told.append({k: v.unflatten(0, (len(batch), -1)).cpu() for k, v in record.values.items()})
+    whole = {name: torch.cat([part[name] for part in told], dim=1).numpy() for name in told[0]}
+    return torch.cat(tokens, dim=1), whole
 
 
-def decode_and_write(run: BatchRun, model, processor, indices: list[int], tokens: Tensor) -> None:
-    """VQ codes `[prompts, images, T]` to files; runs beside the next batch's decoding."""
-    for index, rows in zip(indices, tokens, strict=True):
-        run.write(index, tokens_to_images(model, rows), rows)
+def decode_and_write(run: PaintingRun, model, batch: range, sampled: Sequence[Sampled]) -> None:
+    """Tokens of a batch under every variant to pixels and files; runs beside the next batch's decoding.
+
+    Each prompt's images under a variant become pixels together, whatever else is in the batch.
+    """
+    tokens = torch.cat([tokens for tokens, _ in sampled], dim=1)
+    images = [
+        [image for of_variant, _ in sampled for image in decode_within_memory(model, of_variant[p])]
+        for p in range(len(batch))
+    ]
+    told = [
+        [{k: v[p, s] for k, v in values.items()} for _, values in sampled for s in range(run.parallel_size)]
+        for p in range(len(batch))
+    ]
+    run.write(batch, images, tokens.cpu().numpy(), told)
 
 
-def run_prompts(run: BatchRun, model, processor, batch_size: int | None) -> tuple[int, float]:
-    """Make what is still to do; returns (tokens sampled, seconds)."""
-    rendered = {i: format_image_prompt(processor, run.prompts[i]) for i in run.todo}
-    longest = max((len(processor.tokenizer.encode(text)) for text in rendered.values()), default=0)
-    layers_read = 1 + max(len(d.layers) for d in run.variants.values())
-    chosen = batch_size or images_per_batch(model, layers_read, longest + num_image_tokens(model, processor))
-    prompts_per_batch = max(1, chosen // run.parallel_size)
-    rows_per_part = min(run.parallel_size, chosen)
-    print(f"batches of {prompts_per_batch} prompts x {rows_per_part} images")
-    tokens_done, started = 0, time.perf_counter()
+def paint(run: PaintingRun, model, processor, decodings: Mapping[str, Decoding]) -> dict[str, float]:
+    """Make what is still to do; returns the seconds of sampling by variant."""
+    for index in range(len(run.prompts)):
+        if index not in run.todo:
+            run.write_sheets(index, lost_only=True)
+    tokens_per_prompt = run.images_per_prompt * num_image_tokens(model, processor)
+    done = len(run.prompts) - len(run.todo)
+    seconds = dict.fromkeys(decodings, 0.0)
+    pending: Future | None = None
     with (
-        tqdm(total=len(run.prompts), initial=len(run.prompts) - len(run.todo), unit="prompt") as bar,
+        Progress(len(run.prompts) * tokens_per_prompt, done * tokens_per_prompt, "token") as progress,
         ThreadPoolExecutor(max_workers=1) as writer,
     ):
-        pending: Future | None = None
-
-        def on_step() -> None:
-            nonlocal tokens_done
-            tokens_done += rows_now
-            bar.set_postfix_str(f"{tokens_done / (time.perf_counter() - started):.0f} tokens/s", refresh=False)
-            bar.update(0)
-
-        for start in range(0, len(run.todo), prompts_per_batch):
-            indices = run.todo[start : start + prompts_per_batch]
-            seeds = [prompt_seed(run.seed, run.prompts[i]) for i in indices]
-            sampled = []
-            for decoding in run.variants.values():
-                for row in range(0, run.parallel_size, rows_per_part):
-                    rows = slice(row, min(row + rows_per_part, run.parallel_size))
-                    rows_now = len(indices) * (rows.stop - rows.start)
-                    prompts = [rendered[i] for i in indices]
-                    sampled.append(
-                        sample_within_memory(
-                            model, processor, prompts, decoding, seeds, run.parallel_size, rows, on_step
-                        )
-                    )
+        start = 0
+        while start < len(run.prompts):
+            batch, images = run.batch(start)
+            start = batch.stop
+            if run.todo.isdisjoint(batch):
+                continue
+            sampled, before = [], progress.done
+            try:
+                for name, decoding in decodings.items():
+                    started = time.perf_counter()
+                    sampled.append(sample_variant(run, model, processor, batch, images, decoding, progress.add))
+                    seconds[name] += time.perf_counter() - started
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or len(batch) * images == 1:
+                    raise
+                progress.add(before - progress.done)
+                start = batch.start
+            if start == batch.start:  # outside of the handler, which would keep what the batch had allocated
+                free_cached_memory()
+                run.halve(batch, images)
+                continue
+            progress.add((len(run.todo.intersection(batch)) - len(batch)) * tokens_per_prompt)  # repaired, not new
             if pending is not None:
                 pending.result()
-            pending = writer.submit(decode_and_write, run, model, processor, indices, torch.cat(sampled, dim=1))
-            bar.update(len(indices))
+            pending = writer.submit(decode_and_write, run, model, batch, sampled)
         if pending is not None:
             pending.result()
-    return tokens_done, time.perf_counter() - started
+    return seconds
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = CommandParser(
-        description="Paint every prompt of a JSON file with Janus, with DoLa decoding unless --no_dola."
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+COMPARE = (
+    "any decodings from the same noise: baseline, apc, dola, or key=value,... of layer, ratio, exit, alpha, gamma, "
+    "norm, order, cfg, temperature, as in --compare apc layer=6 exit=2,4,6 layer=4,alpha=0.5 (default: DoLa alone)"
+)
+
+
+def build_parser() -> CommandParser:
+    parser = CommandParser(description="Paint prompts with Janus, with DoLa unless --no_dola.")
+    what = parser.add_argument_group("prompts").add_mutually_exclusive_group().add_argument
+    what("--prompt", action="append", metavar="TEXT", help="what to paint, once or more often (default: a file)")
+    what(
+        "--prompt_json", metavar="FILE", help="prompts as .json, .jsonl, .txt, .csv or .tsv (default: twelve examples)"
     )
-    add_model_arguments(parser)
+    what("--show", type=Path, metavar="IMAGE", help="print what made an image of this command (default: paint)")
+    what("--again", type=Path, metavar="IMAGE", help="paint an image of this command again (default: prompts)")
     add = parser.add_argument_group("files").add_argument
-    add("--prompt_json", default=str(EXAMPLE_PROMPTS), help='{"prompts": [...]} (default: examples/prompt.json)')
-    add("--outdir", default="outputs", help="where images and manifest.jsonl go (default: %(default)s)")
-    add("--format", choices=("jpg", "png"), default="jpg", help="image format (default: %(default)s)")
-    add("--overwrite", action="store_true", help="start anew where --outdir holds another run (default: refuse)")
     add("--max_prompts", type=positive, help="only the first so many prompts (default: all)")
-    dola = parser.add_argument_group("DoLa", "flags win over --config")
-    dola.add_argument("--config", help="switches as JSON, with the layer and alpha (default: none)")
-    dola.add_argument("--domain", help="a domain of --config (default: the file's own values)")
-    add = dola.add_mutually_exclusive_group().add_argument
-    add("--layer", type=int, help="fixed contrast layer, 1..N; N is the baseline (default: by --layer_ratio)")
-    add("--layer_ratio", type=float, help="fixed contrast layer by depth, 0..1 (default: 0.8)")
-    add("--candidate_layers", type=parse_layers, help="early exit among these, as 22,24,26,28 (default: fixed layer)")
-    dola.add_argument("--alpha", type=float, help="APC threshold, 0..1 (default: 0.1)")
-    dola.add_argument(
+    add("--outdir", type=Path, default="outputs", help="where images and manifest.jsonl go (default: %(default)s)")
+    add("--format", choices=("jpg", "png"), default="jpg", help="image format (default: %(default)s)")
+    add("--trace", action="store_true", help="also write what DoLa did at every token, and a map of it (default: no)")
+    add("--overwrite", action="store_true", help="start anew where --outdir holds another run (default: refuse)")
+    add_model_arguments(parser)
+    add_dola_arguments(parser, "by --layer_ratio, 0.8")
+    add = parser.add_argument_group("which decodings").add_mutually_exclusive_group().add_argument
+    add("--no_dola", action="store_true", help="the baseline: sample from the last layer itself (default: DoLa)")
+    add(
+        "--ab",
+        action="store_true",
+        help="baseline and DoLa from the same noise: --compare baseline dola (default: DoLa)",
+    )
+    add("--compare", nargs="+", metavar="SPEC", help=COMPARE)
+    add = parser.add_argument_group("sampling").add_argument
+    add(
         "--cfg_order",
         choices=("guide_first", "contrast_first"),
         default="guide_first",
         help="guide the layers, then contrast them, or the other way round (default: %(default)s)",
     )
-    add = dola.add_mutually_exclusive_group().add_argument
-    add("--no_dola", action="store_true", help="the baseline: sample from the last layer itself (default: DoLa)")
-    add("--ab", action="store_true", help="both, with the same noise, and contact sheets (default: DoLa alone)")
-    add = parser.add_argument_group("sampling").add_argument
     add("--parallel_size", type=positive, default=4, help="images per prompt (default: %(default)s)")
     add("--cfg_weight", type=float, help="guidance, at least 0 (default: the checkpoint's own, else 5)")
     add("--temperature", type=float, default=1.0, help="sampling temperature, above 0 (default: %(default)s)")
@@ -308,62 +251,165 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def apply_switches(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Fill in, from --config, the layer and alpha of painting that no flag gives."""
+def read_variants(parser: CommandParser, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Name -> how to decode, in the keywords of `make_decoding`, from flags, --config and specs, numbers checked."""
     if args.domain and not args.config:
         parser.error("--domain needs --config")
     switches = DoLaSwitches.from_json(args.config, args.domain) if args.config else DoLaSwitches()
-    if args.alpha is None:
-        args.alpha = switches.alpha_gen
-    if (args.layer, args.layer_ratio, args.candidate_layers) == (None, None, None):
-        args.layer = switches.fixed_layer_gen
-        args.no_dola |= not switches.use_dola_lm_static and not args.ab
-    if args.layer_ratio is None:
-        args.layer_ratio = 0.8
+    usual: dict[str, Any] = {name: getattr(args, name) for name in LAYER_KEYWORDS}
+    on = args.gamma is not None or any(value is not None for value in usual.values())
+    if not any(value is not None for value in usual.values()):
+        usual["layer"] = switches.fixed_layer_gen
+    usual |= {
+        "alpha": switches.alpha_gen if args.alpha is None else args.alpha,
+        "gamma": switches.gamma_gen if args.gamma is None else args.gamma,
+        "norm": not args.no_norm,
+        "cfg_order": args.cfg_order,
+        "cfg_weight": args.cfg_weight,
+        "temperature": args.temperature,
+    }
+    single = "dola" if on or switches.use_dola_gen_static else "baseline"
+    specs = ["baseline", "dola"] if args.ab else args.compare or ["baseline" if args.no_dola else single]
+    variants = {}
+    for name, own in parse_variants(specs).items():
+        names_layer = any(keyword in own for keyword in LAYER_KEYWORDS)
+        kept = {keyword: x for keyword, x in usual.items() if not (names_layer and keyword in LAYER_KEYWORDS)}
+        variants[name] = kept | own
+        check_alpha(variants[name]["alpha"])
+        check_gamma(variants[name]["gamma"])
+        check_temperature(variants[name]["temperature"])
+        if variants[name]["cfg_weight"] is not None:
+            check_cfg_weight(variants[name]["cfg_weight"])
+    return variants
+
+
+def make_decoding(model, *, use_dola: bool = True, cfg_weight: float | None = None, **values: Any) -> Decoding:
+    """The decoding of a variant; the checkpoint's own guidance where it names none, no layers where none is read."""
+    layers = pick_contrast_layers(
+        len(model.language_model.model.layers),
+        values.pop("layer", None),
+        DEFAULT_LAYER_RATIO if (ratio := values.pop("layer_ratio", None)) is None else ratio,
+        values.pop("candidate_layers", None),
+    )
+    cfg_weight = default_guidance(model) if cfg_weight is None else cfg_weight
+    decoding = Decoding(layers if values["gamma"] != 0 else (), cfg_weight=cfg_weight, **values)
+    return decoding if use_dola else decoding.baseline
+
+
+def paint_prompts(parser: CommandParser, args: argparse.Namespace) -> None:
+    variants = read_variants(parser, args)
+    if args.prompt:
+        for text in args.prompt:
+            if not text.strip():
+                parser.error("--prompt: the prompt is blank")
+        prompts = [Prompt(text) for text in args.prompt][: args.max_prompts]
+    else:
+        prompts = read_prompts(args.prompt_json or EXAMPLE_PROMPTS, args.max_prompts)
+    _, processor, model = load_pretrained_model(args.model, args.dtype, args.device)
+    decodings = {name: make_decoding(model, **values) for name, values in variants.items()}
+    settings = run_settings(args, model) | {
+        "parallel_size": args.parallel_size,
+        "seed": args.seed,
+        "format": args.format,
+        "trace": args.trace,
+        "variants": {name: asdict(decoding) for name, decoding in decodings.items()},
+    }
+    with RunLog(
+        args.outdir / "manifest.jsonl",
+        settings,
+        [prompt.text for prompt in prompts],
+        overwrite=args.overwrite,
+        folders=variant_folders,
+        is_own=is_run_file,
+    ) as log:
+        run = PaintingRun(log, prompts)
+        run.check_batch_size(args.batch_size)
+        longest = max(
+            len(processor.tokenizer.encode(format_image_prompt(processor, prompt.text))) for prompt in prompts
+        )
+        layers_read = 1 + max(len(decoding.layers) for decoding in decodings.values())
+        length = longest + num_image_tokens(model, processor)
+        run.choose_batch_size(args.batch_size or images_per_batch(model, layers_read, length))
+        batch, images = run.batch(0)
+        print(f"batches of {len(batch)} prompts x {images} images")
+        seconds = paint(run, model, processor, decodings)
+        done = len(prompts) - len(run.todo)
+        print(f"{len(run.todo)} prompts painted ({done} were done already)")
+        for name, spent in seconds.items():
+            rate = f", {len(run.todo) * run.parallel_size / spent:.2f} images/s" if run.todo else ""
+            print(f"  {name}: {run.labels[name]}{rate}")
+        if run.folders:
+            pages = run.write_contact_sheets()
+            print(f"contact sheet: {log.directory / pages[0]}" + (f" to {pages[-1]}" if len(pages) > 1 else ""))
+    print(f"images and manifest.jsonl: {log.directory}")
+
+
+def find_batch(settings: Mapping[str, Any], path: Path) -> tuple[list[str], int, int]:
+    """The prompts that an image was decoded with, which of them is its own, and how many images of each at a time.
+
+    They are in its directory's run.json; in float32, and where there is none, its prompt alone will do.
+    """
+    alone = [settings["prompt"]], 0, settings["parallel_size"]
+    run_file = next((f for f in (path.parent / "run.json", path.parent.parent / "run.json") if f.is_file()), None)
+    if settings["dtype"] == "float32" or run_file is None:
+        return alone
+    run = read_json_file(run_file)
+    prompts, sizes = (run.get(key, ()) if isinstance(run, dict) else () for key in ("inputs", "batch_sizes"))
+    if not isinstance(prompts, list) or not is_batch_sizes(sizes):
+        raise ValueError(f"{run_file}: describes no painting run")
+    start = 0
+    while start < len(prompts):
+        batch, images = cut_batch(sizes, settings["parallel_size"], len(prompts), start)
+        if settings["index"] in batch and prompts[settings["index"]] == settings["prompt"]:
+            return [prompts[i] for i in batch], settings["index"] - batch.start, images
+        start = batch.stop
+    return alone
+
+
+def paint_again(args: argparse.Namespace) -> None:
+    settings = read_settings(args.again)
+    for key, kind in IMAGE_SETTINGS.items():
+        if type(settings.get(key)) is not kind:
+            raise ValueError(f"{args.again}: its settings: expected {key} of type {kind.__name__}")
+    if not 0 <= settings["image"] < settings["parallel_size"]:
+        raise ValueError(f"{args.again}: its settings: image {settings['image']} of {settings['parallel_size']}")
+    try:
+        values = settings["decoding"]
+        decoding = Decoding(**values | {"layers": tuple(values["layers"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{args.again}: its decoding: {error}") from None
+    target = args.outdir / args.again.name
+    if target.exists():
+        raise ValueError(f"{target} exists: choose another --outdir")
+    model_given = args.model != str(JANUS_TINY) or settings["model"] == JANUS_TINY.name
+    source = args.model if model_given else settings["model"]
+    _, processor, model = load_pretrained_model(source, settings["dtype"], args.device)
+    prompts, row, images = find_batch(settings, args.again)
+    size = settings["parallel_size"]
+    rendered = [format_image_prompt(processor, prompt) for prompt in prompts]
+    seeds = [prompt_seed(settings["run_seed"], prompt) for prompt in prompts]
+    parts = [
+        sample_image_tokens(model, processor, rendered, decoding, parallel_size=size, seeds=seeds, samples=samples)[row]
+        for samples in sample_slices(size, images)
+    ]
+    tokens = torch.cat(parts)
+    args.outdir.mkdir(parents=True, exist_ok=True)
+    tokens_sha256 = image_hash(tokens[settings["image"]].cpu().numpy())
+    image = tokens_to_images(model, tokens)[settings["image"]]
+    save_image(image, target, settings | {"tokens_sha256": tokens_sha256})
+    same = tokens_sha256 == settings["tokens_sha256"]
+    print(f"{target}: {'the same tokens' if same else 'other tokens, as another machine or batch can give'}")
 
 
 def main() -> None:
     parser = build_parser()
     args = parser.parse_args()
-    apply_switches(args, parser)
-    prompts = read_prompts(args.prompt_json, args.max_prompts)
-    device = resolve_device(args.device)
-    dtype = resolve_dtype(args.dtype, device)
-    check_alpha(args.alpha)
-    check_temperature(args.temperature)
-    if args.cfg_weight is not None:
-        check_cfg_weight(args.cfg_weight)
-    _, processor, model = load_pretrained_model(args.model, dtype, device)
-    cfg_weight = default_guidance(model) if args.cfg_weight is None else args.cfg_weight
-    num_layers = len(model.language_model.model.layers)
-    layers = pick_contrast_layers(num_layers, args.layer, args.layer_ratio, args.candidate_layers)
-    dola = Decoding(layers, args.alpha, temperature=args.temperature, cfg_weight=cfg_weight, cfg_order=args.cfg_order)
-    variants: dict[str, Decoding] = {"baseline": dola.baseline, "dola": dola}
-    if not args.ab:
-        variants.pop("dola" if args.no_dola else "baseline")
-    settings: dict[str, Any] = {
-        "model": args.model if args.model != str(JANUS_TINY) else JANUS_TINY.name,
-        "variants": list(variants),
-        "layers": [] if args.no_dola else list(layers),
-        "alpha": args.alpha,
-        "cfg_order": args.cfg_order,
-        "cfg_weight": cfg_weight,
-        "temperature": args.temperature,
-        "parallel_size": args.parallel_size,
-        "seed": args.seed,
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": device.type,
-        "format": args.format,
-    }
-    run = BatchRun(Path(args.outdir), prompts, variants, f".{args.format}", args, settings)
-    skipped = len(prompts) - len(run.todo)
-    tokens, seconds = run_prompts(run, model, processor, args.batch_size)
-    print(f"{len(run.todo)} prompts painted ({skipped} were done already), {tokens / seconds:.0f} tokens/s")
-    if args.ab:
-        sheets = [Image.open(run.outdir / f"{run.stem(i)}_ab.png") for i in range(len(prompts))]
-        save_image(tile(sheets), run.outdir / "contact_sheet.png")
-        print(f"contact sheet: {run.outdir / 'contact_sheet.png'}")
-    print(f"images and manifest.jsonl: {run.outdir}")
+    if args.show:
+        print(json.dumps(read_settings(args.show), indent=1, ensure_ascii=False))
+    elif args.again:
+        paint_again(args)
+    else:
+        paint_prompts(parser, args)
 
 
 if __name__ == "__main__":

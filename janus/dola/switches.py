@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from dola_runtime import check_alpha, check_gamma
 from janus.dola.files import read_json_file, write_whole
 
 
@@ -14,10 +15,11 @@ from janus.dola.files import read_json_file, write_whole
 class DoLaSwitches:
     """The switches of the two-tower plan (section 4.5). Raises ValueError for a value of a wrong type or range.
 
-    use_dola_siglip_static, use_dola_lm_static: contrast in the vision tower, in the language model.
+    use_dola_siglip_static, use_dola_lm_static, use_dola_gen_static: contrast in the tower, for words, in painting.
     lambda_mm: weight of the vision prior on the language side, in [0, 1]; 0 is no fusion.
     alpha_V, alpha_L, alpha_gen: plausibility thresholds of the tower, of words (lm_head) and of image codes (gen_head),
         in [0, 1].
+    gamma_V, gamma_L, gamma_gen: their contrasts' weights; 1 is DoLa, 0 leaves the mask alone.
     fixed_layer_vit, fixed_layer_llm, fixed_layer_gen: their contrast layers, counted from 1; None is 0.8 of the depth.
         The last two are both layers of the language model.
     mm_topk_for_T: how many candidates, the most probable ones, the vision prior speaks for.
@@ -25,10 +27,14 @@ class DoLaSwitches:
 
     use_dola_siglip_static: bool = True
     use_dola_lm_static: bool = True
+    use_dola_gen_static: bool = True
     lambda_mm: float = 0.7
     alpha_V: float = 0.1
     alpha_L: float = 0.1
     alpha_gen: float = 0.1
+    gamma_V: float = 1.0
+    gamma_L: float = 1.0
+    gamma_gen: float = 1.0
     fixed_layer_vit: int | None = None
     fixed_layer_llm: int | None = None
     fixed_layer_gen: int | None = None
@@ -46,8 +52,9 @@ class DoLaSwitches:
             if not fits:
                 raise ValueError(f"{field.name} must be {expected}, got {value!r}")
         for name in ("lambda_mm", "alpha_V", "alpha_L", "alpha_gen"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+            check_alpha(getattr(self, name), name)
+        for name in ("gamma_V", "gamma_L", "gamma_gen"):
+            check_gamma(getattr(self, name), name)
         for name in ("fixed_layer_vit", "fixed_layer_llm", "fixed_layer_gen", "mm_topk_for_T"):
             value = getattr(self, name)
             if value is not None and value < 1:
