@@ -193,8 +193,10 @@ def test_keys_that_mean_nothing_to_the_model_do_no_harm(golden, checkpoint):
 def test_a_checkpoint_may_carry_its_own_guidance_and_temperature(checkpoint):
     settings = {"guidance_scale": 0, "temperature": 0.5, "eos_token_id": [1, 2], "_from_model_config": "x"}
     (checkpoint / "generation_config.json").write_text(json.dumps(settings))
-    loaded = load(checkpoint)[2].generation_config
-    assert (loaded.guidance_scale, loaded.temperature, loaded.eos_token_id) == (0, 0.5, [1, 2])
+    model = load(checkpoint)[2]
+    model.save_pretrained(checkpoint)
+    for own in (model.generation_config, load(checkpoint)[2].generation_config):
+        assert (own.guidance_scale, own.temperature, own.eos_token_id) == (0, 0.5, [1, 2])
 
 
 # --- no code, no question --------------------------------------------------------------------------------------------
@@ -455,6 +457,7 @@ def test_a_panic_of_the_tokenizers_library_is_one_line_and_nothing_else(checkpoi
         (lambda c: c["model"].update(vocab=None), "not a tokenizer"),
         (lambda c: c.update(pre_tokenizer={"type": "Nonsense"}), "not a tokenizer"),
         (lambda c: c.update(added_tokens=c["added_tokens"][:3]), "special tokens are missing: <image_placeholder>"),
+        (lambda c: c["added_tokens"].pop(2), "special tokens are missing: <｜▁pad▁｜>"),
         (lambda c: c["added_tokens"][0].update(id=-1), "not a tokenizer"),
         (lambda c: c.update(normalizer={"type": "Replace", "pattern": {"String": "<image"}, "content": ""}), None),
     ],

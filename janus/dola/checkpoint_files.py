@@ -74,7 +74,7 @@ def read_settings(path: Path, table: Mapping[str, Rule]) -> dict[str, Any]:
 
 
 @contextmanager
-def _without_panics_notes() -> Iterator[None]:
+def _without_panic_notes() -> Iterator[None]:
     """Keep off the terminal what a library in Rust prints of its own before its panic becomes an exception."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
@@ -93,8 +93,10 @@ def read_tokenizer(path: Path, **options: Any) -> PreTrainedTokenizerFast:
     Raises CheckpointError.
     """
     read_json(path)
-    with refusing(f"{path}: not a tokenizer"), _without_panics_notes():
-        return PreTrainedTokenizerFast(tokenizer_file=str(path), clean_up_tokenization_spaces=False, **options)
+    with refusing(f"{path}: not a tokenizer"), _without_panic_notes():
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), clean_up_tokenization_spaces=False, **options)
+        tokenizer.encode("A dog\n\n2 é 画")  # some break only here
+        return tokenizer
 
 
 # --- directories and weight files ------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from janus.dola.checkpoint_files import (
     rows,
     translate,
 )
-from janus.dola.schema import Nullable, either, flag, number, several
+from janus.dola.schema import Nullable, either, number, several
 from janus.models.configuration import TOKEN, MultiModalityConfig
 
 if TYPE_CHECKING:
@@ -127,7 +127,6 @@ def read_config(directory: Path) -> tuple[MultiModalityConfig, tuple[WeightRule,
 GENERATION = {
     "guidance_scale": Nullable(number(0, 1e4)),
     "temperature": Nullable(number(1e-4, 1e4)),
-    "do_sample": flag(),
     "pad_token_id": Nullable(TOKEN),
     "bos_token_id": Nullable(TOKEN),
     "eos_token_id": Nullable(either(TOKEN, several(TOKEN, 1, 64))),
@@ -163,7 +162,8 @@ def load_model(
         tied=tied if rules is TRANSFORMERS_FORMAT else None,  # stored once there, as the embedding
     )
     if settings is not None:
-        model.generation_config = GenerationConfig(**settings)
+        samples = "temperature" in settings or None  # without it transformers does not write a temperature
+        model.generation_config = GenerationConfig(**settings, do_sample=samples)
     return model.eval()
 
 

@@ -30,7 +30,6 @@ BOS = "<｜begin▁of▁sentence｜>"
 PAD = "<｜▁pad▁｜>"
 IMAGE_TOKENS = ("<image_placeholder>", "<begin_of_image>", "<end_of_image>")
 
-
 SIDE = whole(1, 1 << 12)
 IMAGE_PROCESSOR = {
     "image_size": SIDE,
@@ -61,16 +60,17 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     the BOS, so the file is read as it is. Raises CheckpointError.
     """
     path = directory / "tokenizer.json"
-    tokenizer = read_tokenizer(path, bos_token=BOS, eos_token=EOS, pad_token=PAD, padding_side="left")
+    tokenizer = read_tokenizer(path, padding_side="left")
     vocabulary = tokenizer.get_vocab()
     tokens = (BOS, EOS, PAD, *IMAGE_TOKENS)
     if missing := [token for token in tokens if token not in vocabulary]:
         raise CheckpointError(f"{path}: Janus's special tokens are missing: {', '.join(missing)}")
+    tokenizer.add_special_tokens({"bos_token": BOS, "eos_token": EOS, "pad_token": PAD})
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, vocabulary[BOS])]
     )
     with refusing(f"{path}: not a tokenizer of text"):
-        ids = tokenizer.encode(f"A dog\n\n2 é 画{''.join(tokens[1:])}")
+        ids = tokenizer.encode("".join(tokens[1:]))
     if split := [token for token in tokens if ids.count(vocabulary[token]) != 1]:
         raise CheckpointError(f"{path}: Janus's special tokens are not read as one token each: {', '.join(split)}")
     return tokenizer
