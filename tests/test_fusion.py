@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from conftest import assert_close
 from dola_runtime import contrast_with_apc_from_logits
 from janus.dola.fusion import VisionPriorLogitsProcessor, first_token_ids, vision_prior
 from janus.dola.switches import DoLaSwitches
+from tolerance import assert_close
 
 NO_IDS = torch.zeros(1, 0, dtype=torch.long)
 

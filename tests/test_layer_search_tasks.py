@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import normalize
 
-from conftest import DATA, assert_close, float32_error, terms_of, write_lines
+from conftest import DATA, write_lines
 from generation_inference import format_image_prompt, format_question
 from janus.dola.cli import JANUS_TINY
 from janus.dola.layer_search import tasks
@@ -31,6 +31,7 @@ from janus.dola.layer_search.tasks import (
 from janus.dola.loading import load_pretrained_model
 from janus.dola.rerank import build_text_bank, pooled_features
 from janus.dola.text_encoder import load_text_encoder
+from tolerance import assert_close, float32_error, terms_of
 
 FACTOR = DATA / "expert_factor.csv"
 ALPHAS = (0.0, 0.1, 0.5)

@@ -26,8 +26,8 @@ from transformers.generation.logits_process import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from conftest import assert_close, float32_error, terms_of
 from janus.dola.logits_processor import DoLaLogitsProcessor
+from tolerance import assert_close, float32_error, terms_of
 
 TINY: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 97}
 LLAMA = LlamaConfig(**TINY, num_hidden_layers=6, eos_token_id=None, pad_token_id=0)

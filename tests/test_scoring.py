@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from conftest import assert_close, terms_of
 from janus.dola import scoring
 from janus.dola.scoring import ContinuationScores, fill_dropped, score_continuations
+from tolerance import assert_close, terms_of
 
 LAYERS, ALPHAS = [5, 1, 2], (0.0, 0.1, 0.6)
 PREFIX = torch.tensor([3, 14, 15, 92, 65])

@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import assert_close, terms_of
 from janus.dola.cli import JANUS_TINY
 from janus.dola.loading import load_pretrained_model
+from tolerance import assert_close, terms_of
 from tools import scenes
 from tools import train_janus_tiny as train
 

@@ -1,11 +1,10 @@
 """The validation set of a layer search: lines of JSON with the images that they name."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from janus.dola.files import load_image, read_text
+from janus.dola.files import load_image, parse_json, read_text
 
 Example = dict[str, Any]
 """A line of the input: the fields of its task, image paths resolved, and `domain` where there are domains."""
@@ -28,8 +27,9 @@ def read_examples(path: Path, task: str, domain_field: str | None = None) -> lis
         raise ValueError(f"{path}: no examples")
     examples: list[Example] = []
     for number, line in enumerate(text.split("\n"), start=1):
+        content = parse_json(line, f"{path}: line {number}")
         try:
-            examples.append(_read_example(line, task, domain_field, path.parent))
+            examples.append(_read_example(content, task, domain_field, path.parent))
         except ValueError as error:
             raise ValueError(f"{path}: line {number}: {error}") from None
         for optional in ("choices", "candidates"):
@@ -41,11 +41,7 @@ def read_examples(path: Path, task: str, domain_field: str | None = None) -> lis
     return examples
 
 
-def _read_example(line: str, task: str, domain_field: str | None, directory: Path) -> Example:
-    try:
-        content = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg}, column {error.colno})") from None
+def _read_example(content: Any, task: str, domain_field: str | None, directory: Path) -> Example:
     if not isinstance(content, dict):
         raise ValueError(f"expected an object, found {type(content).__name__}")
     example = {}

@@ -103,10 +103,14 @@ def search(
 ) -> np.ndarray:
     """`measure` of all examples, float64 `[examples, metrics, alphas, 2 + layers]`; layers default to 1..N-1.
 
-    With a log, the batches that it holds are not measured again. Raises ValueError for a layer or alpha out of range.
+    With a log, the batches that it holds are not measured again. Raises ValueError for a layer or alpha out of range,
+    and for a log of something else.
     """
     layers = range(1, task.num_layers) if layers is None else layers
     values: list[list] = []
+    shape = len(metric_names(examples)), len(alphas), 2 + len(layers)
+    if log is not None and (wrong := [i for i, entry in enumerate(log.entries) if not is_measured(entry, i, shape)]):
+        raise ValueError(f"{log.path}: line {wrong[0] + 1} is not what this search measures")
     with tqdm(total=len(examples), unit="example") as bar:
         for start in range(0, len(examples), batch_size):
             batch = examples[start : start + batch_size]
@@ -122,6 +126,14 @@ def search(
                     log.add(start, [{"index": start + i, "values": value} for i, value in enumerate(measured)])
             bar.update(len(batch))
     return np.array(values)
+
+
+def is_measured(entry: dict[str, Any], index: int, shape: tuple[int, ...]) -> bool:
+    """Whether a line of the log is that of example `index`."""
+    try:
+        return entry["index"] == index and np.array(entry["values"], dtype=float).shape == shape
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def bootstrap(differences: np.ndarray, draws: int = 2000, at_a_time: int = 100) -> np.ndarray:
