@@ -34,7 +34,7 @@ from dola_runtime import (
 DECODED_TOGETHER = 16
 """Images that the VQ decoder turns to pixels at a time: its full-size feature maps are what takes memory there."""
 
-FASTEST_WINDOWS = {2: 16, 8: 8}
+FASTEST_WINDOWS = {1: 16, 4: 4}
 """Window by the most images decoded together that it is for; 1 beyond."""
 
 # --- prompts and pictures --------------------------------------------------------------------------------------------
