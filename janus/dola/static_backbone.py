@@ -153,7 +153,7 @@ class StaticBackbone:
         del self.read
         return states[:, repeat]
 
-    def update(self, key: Tensor, value: Tensor, layer: int, *_) -> tuple[Tensor, Tensor]:
+    def update(self, key: Tensor, value: Tensor, layer: int, *_, **__) -> tuple[Tensor, Tensor]:
         """Called by each attention layer: store what is new, return all to attend to, `[rows, heads, length, dim]`."""
         if self.slots is None:
             self.read.append((key, value))
