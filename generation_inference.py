@@ -102,7 +102,8 @@ def num_image_tokens(mmgpt, vl_chat_processor) -> int:
 
 def default_guidance(mmgpt) -> float:
     """The checkpoint's own guidance: `guidance_scale` of its generation_config.json, 5 where it carries none."""
-    return getattr(getattr(mmgpt, "generation_config", None), "guidance_scale", None) or 5.0
+    scale = getattr(getattr(mmgpt, "generation_config", None), "guidance_scale", None)
+    return 5.0 if scale is None else scale
 
 
 @torch.inference_mode()

@@ -43,13 +43,13 @@ from janus.dola.cli import (
     Progress,
     add_dola_arguments,
     add_model_arguments,
-    is_out_of_memory,
     positive,
     run_command,
     run_settings,
 )
 from janus.dola.files import RunLog, read_json_file
 from janus.dola.loading import load_pretrained_model
+from janus.dola.memory import is_out_of_memory
 from janus.dola.painting import (
     IMAGE_SETTINGS,
     PaintingRun,

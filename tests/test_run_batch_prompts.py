@@ -138,12 +138,13 @@ def test_early_exit_and_the_other_guidance_order_run_from_the_command_line(tmp_p
 
 def test_the_checkpoints_own_guidance_is_the_default(tmp_path, golden, monkeypatch):
     assert dola_of(run(tmp_path, prompts=["a dog"], outdir="five"))["cfg_weight"] == 5.0
-    checkpoint = tmp_path / "checkpoint"
-    golden.model.save_pretrained(checkpoint)
-    golden.processor.save_pretrained(checkpoint)
-    (checkpoint / "generation_config.json").write_text(json.dumps({"guidance_scale": 2.0}))
-    outdir = run(tmp_path, "--model", str(checkpoint), prompts=["a dog"], outdir="own")
-    assert dola_of(outdir)["cfg_weight"] == 2.0
+    for scale in (2.0, 0.0):  # 0 is a guidance too
+        checkpoint = tmp_path / f"checkpoint_{scale}"
+        golden.model.save_pretrained(checkpoint)
+        golden.processor.save_pretrained(checkpoint)
+        (checkpoint / "generation_config.json").write_text(json.dumps({"guidance_scale": scale}))
+        outdir = run(tmp_path, "--model", str(checkpoint), prompts=["a dog"], outdir=f"own_{scale}")
+        assert dola_of(outdir)["cfg_weight"] == scale
 
 
 def runs_out_of_memory_beyond(images: int, monkeypatch, error: Exception) -> list[tuple[int, int]]:

@@ -20,17 +20,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from janus.dola.files import read_json_file
+from janus.dola.memory import is_out_of_memory
 from janus.dola.schema import REQUIRED, Field, Rule, complete
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be loaded; the message is one line that names the file and the cause."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the host or a device ran out of memory; torch has no error of its own for the host."""
-    says_so = any(words in str(error) for words in ("can't allocate memory", "not enough memory"))
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and says_so)
 
 
 @contextmanager

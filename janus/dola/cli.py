@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from dola_runtime import DEFAULT_ALPHA
 from janus.dola.interrupt import INTERRUPTED, exit_interrupted
+from janus.dola.memory import is_out_of_memory
 
 JANUS_TINY = Path(__file__).parents[1] / "checkpoints" / "janus-tiny"
 DEFAULT_MODEL = str(JANUS_TINY) if JANUS_TINY.is_dir() else "deepseek-ai/Janus-1.3B"  # the original code's own default
@@ -26,14 +27,6 @@ def fail(message: str) -> NoReturn:
     line = " ".join(message.split())
     print(f"error: {line[:LONGEST_MESSAGE]}{'…' * (len(line) > LONGEST_MESSAGE)}", file=sys.stderr)
     raise SystemExit(2)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is Python's, torch's, CUDA's or cuBLAS's way to say so."""
-    texts = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "std::bad_alloc")
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
-    )
 
 
 def run_command(main: Callable[[], None]) -> None:
