@@ -459,6 +459,7 @@ def test_a_link_is_not_followed_out_of_the_directory(finished_runs, tmp_path, ca
         {"inputs": [3]},
         {"log": 1},
         {"log": "answers.jsonl"},
+        {"bach_sizes": [[0, 4]]},
     ],
     ids=str,
 )

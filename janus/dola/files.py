@@ -169,10 +169,11 @@ def json_line(entry: dict[str, Any]) -> bytes:
 class RunLog:
     """The log of a run: a JSONL file that only grows, and `run.json` beside it, which says what run it is.
 
-    `run.json` holds `{"log": name, "settings": {...}, "inputs": [...]}` and what a command adds to `run` (then `save`).
-    Lines come in the order of the inputs, so that a resumed run ends with the bytes of an uninterrupted one. While the
-    log is open, its directory is locked. Raises ValueError, one line, for a directory that is locked, that holds
-    another run (`overwrite` deletes its files and starts anew), or files of these names that no run made.
+    `run.json` holds `{"log": name, "settings": {...}, "inputs": [...]}`, which is `run` here, and "batch_sizes" where a
+    command puts them there (and calls `save`). Lines come in the order of the inputs, so that a resumed run ends with
+    the bytes of an uninterrupted one. While the log is open, its directory is locked. Raises ValueError, one line, for
+    a directory that is locked, that holds another run (`overwrite` deletes its files and starts anew), or files of
+    these names that no run made.
 
     folders, is_own: the subdirectories of a run of such settings, and whether a run of such settings and inputs makes
         a file of such a name (as "name" or "folder/name").
@@ -225,7 +226,8 @@ class RunLog:
             return
         self.run = read_json_file(self.run_file)
         kinds = {"log": str, "settings": dict, "inputs": list}
-        if not isinstance(self.run, dict) or not all(isinstance(self.run.get(k), v) for k, v in kinds.items()):
+        known = isinstance(self.run, dict) and self.run.keys() <= {*kinds, "batch_sizes"}
+        if not known or not all(isinstance(self.run.get(key), kind) for key, kind in kinds.items()):
             raise ValueError(f"{self.run_file}: describes no run: choose another directory")
         if self.run["log"] != self.path.name:
             raise ValueError(f"{self.directory} holds a run of another command: choose another directory")
