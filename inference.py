@@ -3,6 +3,11 @@
 Everything here works on any object with the attribute names of a Janus model, the original code's included.
 """
 
+if __name__ == "__main__":
+    from janus.dola.interrupt import exit_on_interrupt
+
+    exit_on_interrupt()  # the imports below take seconds
+
 import argparse
 import os
 from collections.abc import Sequence
@@ -305,8 +310,10 @@ def read_questions(path: str | os.PathLike, candidates: Sequence[str] = ()) -> l
         if not isinstance(expected, (str, type(None))):
             raise ValueError(f"{where}: 'answer' must be a text, found {expected!r}")
         for image in images:
-            if not (folder / image).is_file():
-                raise ValueError(f"{where}: {folder / image}: file not found")
+            try:
+                load_image(folder / image)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
         questions.append(Question(folder, tuple(images), question, expected, tuple(own or candidates)))
     return questions
 

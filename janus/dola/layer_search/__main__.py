@@ -4,6 +4,11 @@
 reads with `--config`.
 """
 
+if __name__ == "__main__":
+    from janus.dola.interrupt import exit_on_interrupt
+
+    exit_on_interrupt()  # the imports below take seconds
+
 import argparse
 import hashlib
 import re
