@@ -167,6 +167,10 @@ def test_three_searches_fill_one_switches_file_and_the_batch_command_reads_it(
         ('{"question": "a", "answer": "b", "kind": "c"}\n{"question"\n', "line 2: not JSON"),
         ('{"question": "a"}\n', "line 1: answer: missing"),
         ('{"question": "a", "answer": "b"}\n', "line 1: kind: missing"),
+        ('{"question": "a", "answer": "\\udce9", "kind": "c"}\n', "line 1: holds half a surrogate pair"),
+        ('{"question": "a", "answer": "b", "kind": "\\ud800"}\n', "line 1: holds half a surrogate pair"),
+        ('{"question": ' + "[" * 100_000 + "\n", "line 1: nested too deeply"),
+        ('{"question": 1e999, "answer": "b", "kind": "c"}\n', "line 1: holds the number 1e999"),
     ],
 )
 def test_the_command_ends_in_one_line(tmp_path, monkeypatch, capsys, text, message):
@@ -215,3 +219,28 @@ def test_without_matplotlib_one_line_says_so_before_the_search(tmp_path, monkeyp
     with pytest.raises(SystemExit) as stopped:
         command(monkeypatch, "tower", "--data", tmp_path / "absent.jsonl")
     assert stopped.value.code == 2 and "pip install matplotlib" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda entry: entry.pop("values"),
+        lambda entry: entry["values"].pop(),
+        lambda entry: entry.update(values=[["a"]]),
+        lambda entry: entry.update(index=7),
+        lambda entry: entry.update(values=None),
+    ],
+    ids=["no values", "a metric less", "words", "another example", "nothing"],
+)
+def test_a_log_that_somebody_changed_is_refused_by_its_line(drawings, tmp_path, monkeypatch, capsys, change):
+    options = ["--data", drawings / "image.jsonl", "--outdir", tmp_path / "out", "--layers", "2"]
+    command(monkeypatch, "image", *options)
+    log = tmp_path / "out" / "layer_search.jsonl"
+    first, second, *rest = log.read_text().splitlines()
+    entry = json.loads(second)
+    change(entry)
+    log.write_text("".join(f"{line}\n" for line in (first, json.dumps(entry), *rest)))
+    with pytest.raises(SystemExit) as stopped:
+        command(monkeypatch, "image", *options)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and f"{log}: line 2 is not what this search measures" in said
