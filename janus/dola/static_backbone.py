@@ -160,7 +160,10 @@ class StaticBackbone:
             return key, value
         keys, values = self.space.cache[layer]
         for stored, new in ((keys, key), (values, value)):
-            stored.flatten(0, 2).index_copy_(0, self.slots, new.transpose(1, 2).flatten(0, 2))
+            if isinstance(self.slots, slice):
+                stored[: self.rows, :, self.slots] = new
+            else:
+                stored.flatten(0, 2).index_copy_(0, self.slots, new.transpose(1, 2).flatten(0, 2))
         return keys[: self.rows, :, : self.visible], values[: self.rows, :, : self.visible]
 
     def run(self, step: Callable[..., Any], done: Sequence[int], *inputs: Tensor) -> Any:
@@ -168,17 +171,18 @@ class StaticBackbone:
 
         `done`: of how many of its tokens an image's step knows. On CUDA a graph, captured once for each bucket.
         """
-        self._make_visible(self.length - 1 + max(done) + self.window)
-        first = torch.tensor(done).repeat_interleave(2) + (self.length - 1)
-        self.space.first[: self.rows].copy_(first)
+        first = [self.length - 1 + n for n in done]
+        self._make_visible(max(first) + self.window)
+        self.space.first[: self.rows].copy_(torch.tensor(first).repeat_interleave(2))
+        # where all rows write to the same positions, one slice: on the CPU a fifth of the time
+        self.block = None if self.graphed or len(set(first)) > 1 else slice(first[0], first[0] + self.window)
         return self._replay(step, inputs) if self.graphed else step(*inputs)
 
     def __call__(self, embeds: Tensor) -> Tensor:
         """A window of each row, `[rows, n, width]`, to `[1 + layers, rows, n, width]`, last layer first, all normed."""
-        device, capacity, heads = embeds.device, *self.space.cache[0].shape[3:1:-1]
+        device = embeds.device
         slots = self.space.first[: self.rows, None] + torch.arange(embeds.shape[1], device=device)
-        lines = torch.arange(self.rows * heads, device=device).view(self.rows, 1, heads)
-        self.slots = (lines * capacity + slots[:, :, None]).flatten()
+        self.slots = self._lines(slots) if self.block is None else self.block
         start, keys = self.space.start[: self.rows, None], torch.arange(self.visible, device=device)
         seen = (keys >= start[:, :, None]) & (keys <= slots[:, :, None])
         mask = torch.zeros(seen.shape, dtype=embeds.dtype, device=device).masked_fill_(~seen, -torch.inf)[:, None]
@@ -208,12 +212,19 @@ class StaticBackbone:
             kept_workspaces[self.llama] = (self.shape, self.space)
         return kept
 
+    def _lines(self, slots: Tensor) -> Tensor:
+        """Positions `[rows, n]` as lines of a layer's keys or values, taken as `[rows * heads * capacity, dim]`."""
+        heads, capacity = self.space.cache[0].shape[2:4]
+        first = torch.arange(self.rows * heads, device=slots.device).view(self.rows, 1, heads) * capacity
+        return (first + slots[:, :, None]).flatten()
+
     def _make_visible(self, positions: int) -> None:
         self.visible = self.in_buckets(positions)
         for layer, old in enumerate(self.space.cache):
             if self.visible > old.shape[3]:  # layer by layer: no second cache in memory
-                new = old.new_zeros((2, self.rows, old.shape[2], self.visible, old.shape[4]))
+                new = old.new_empty((2, self.rows, old.shape[2], self.visible, old.shape[4]))
                 new[..., : old.shape[3], :] = old[:, : self.rows]
+                new[..., old.shape[3] :, :] = 0  # masked, but 0 x NaN is NaN
                 self.space.cache[layer] = new
 
     def _replay(self, step: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
