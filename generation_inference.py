@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -112,9 +111,9 @@ def tokens_to_images(mmgpt, tokens: Tensor) -> list[Image.Image]:
     side, images = math.isqrt(tokens.shape[1]), []
     for part in tokens.split(DECODED_TOGETHER):
         shape = [len(part), mmgpt.gen_embed.weight.shape[1], side, side]
-        decoded = mmgpt.gen_vision_model.decode_code(part.to(torch.int), shape=shape)
-        pixels = decoded.to(torch.float32).cpu().numpy().transpose(0, 2, 3, 1)
-        images += [Image.fromarray(image) for image in np.clip((pixels + 1) / 2 * 255, 0, 255).astype(np.uint8)]
+        decoded = mmgpt.gen_vision_model.decode_code(part.to(torch.int), shape=shape).float().permute(0, 2, 3, 1)
+        pixels = ((decoded + 1) / 2 * 255).clamp(0, 255).to(torch.uint8)  # on the device: a quarter to copy
+        images += [Image.fromarray(image) for image in pixels.cpu().numpy()]
     return images
 
 
@@ -390,7 +389,7 @@ class Draft:
 
     def inputs(self) -> Tensor:
         """What each image in work reads next: its last final token, then guesses, `[working, window]`."""
-        return self.tokens[self.rows[:, None], self.places(-1, self.window - 1)]
+        return self.tokens[self.rows[:, None], self.places(-1, self.window - 1)].clamp(min=0)
 
     def accept(self, drawn: Tensor) -> list[range]:
         """Take redraws `[working, n]` of the first n tokens not final; the places of each image that are so now."""
@@ -412,6 +411,16 @@ class Draft:
         above = last + 1 + beyond % side - side
         rows = self.rows[:, None]
         self.tokens[rows, last + 1 + beyond] = self.tokens[rows, torch.where(above < 0, last, above)]
+
+    def result(self) -> Tensor:
+        """The tokens `[images, T]`. Raises ValueError where some were drawn from probabilities that are NaN."""
+        tokens = self.tokens[:, : self.num_tokens]
+        if (tokens < 0).any():
+            image, place = (tokens < 0).nonzero()[0].tolist()
+            raise ValueError(
+                f"the model gave NaN at token {place} of image {image}: its dtype may be too narrow for it"
+            )
+        return tokens
 
     def unfinished(self) -> list[int]:
         """Which of the images in work lack tokens, as indices into them."""
@@ -492,7 +501,7 @@ def sample_image_tokens(
             on_step(sum(map(len, spans)))
         draft.keep(backbone.keep(draft.unfinished()))
         if not draft.images:
-            return draft.tokens[:, :num_tokens].reshape(len(prompts), -1, num_tokens)
+            return draft.result().reshape(len(prompts), -1, num_tokens)
         drawn, choice = backbone.run(step, draft.done, draft.inputs(), noise.take(draft.window))
 
 
@@ -516,11 +525,13 @@ def fill_noise(noise: Tensor, generators: Sequence[torch.Generator | None], para
 
 
 def draw_tokens(mmgpt, decoding: Decoding, states: Tensor, noise: Tensor) -> tuple[Tensor, Choice]:
-    """Read states `[1 + layers, 2 * images, n, width]` and draw n tokens of each image, `[images, n]`."""
+    """Read states `[1 + layers, 2 * images, n, width]` and draw n tokens of each image, `[images, n]`; of NaN, -1."""
     images, n = noise.shape[:2]
     states = states.unflatten(1, (images, 2)).transpose(2, 3).flatten(1, 3)  # the branches alternate
     choice = choose_token(mmgpt.gen_head(states).float(), decoding)
-    return draw(choice.probs, noise.flatten(0, 1)).view(images, n), choice
+    tokens = draw(choice.probs, noise.flatten(0, 1))
+    drawn_from = choice.probs.gather(-1, tokens[:, None])[:, 0]  # argmax takes NaN for the largest
+    return tokens.masked_fill(drawn_from.isnan(), -1).view(images, n), choice
 
 
 def decode_window(mmgpt, decoding: Decoding, backbone, tokens: Tensor, noise: Tensor) -> tuple[Tensor, Choice]:

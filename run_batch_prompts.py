@@ -62,6 +62,7 @@ from janus.dola.painting import (
 )
 from janus.dola.pictures import read_settings, save_image
 from janus.dola.prompt_files import Prompt, read_prompts
+from janus.dola.static_backbone import beside_decoding
 from janus.dola.switches import DoLaSwitches
 from janus.dola.variants import LAYER_KEYWORDS, parse_variants
 
@@ -142,21 +143,25 @@ def sample_variant(
     return torch.cat(tokens, dim=1), whole
 
 
-def decode_and_write(run: PaintingRun, model, batch: range, sampled: Sequence[Sampled]) -> None:
+def decode_and_write(
+    run: PaintingRun, model, batch: range, sampled: Sequence[Sampled], ready: torch.cuda.Event | None
+) -> None:
     """Tokens of a batch under every variant to pixels and files; runs beside the next batch's decoding.
 
-    Each prompt's images under a variant become pixels together, whatever else is in the batch.
+    Each prompt's images under a variant become pixels together, whatever else is in the batch. `ready` is the event
+    after which the tokens are there.
     """
-    tokens = torch.cat([tokens for tokens, _ in sampled], dim=1)
-    images = [
-        [image for of_variant, _ in sampled for image in decode_within_memory(model, of_variant[p])]
-        for p in range(len(batch))
-    ]
+    with beside_decoding(sampled[0][0].device, ready):
+        tokens = torch.cat([tokens for tokens, _ in sampled], dim=1).cpu()
+        images = [
+            [image for of_variant, _ in sampled for image in decode_within_memory(model, of_variant[p])]
+            for p in range(len(batch))
+        ]
     told = [
         [{k: v[p, s] for k, v in values.items()} for _, values in sampled for s in range(run.parallel_size)]
         for p in range(len(batch))
     ]
-    run.write(batch, images, tokens.cpu().numpy(), told)
+    run.write(batch, images, tokens.numpy(), told)
 
 
 def paint(run: PaintingRun, model, processor, decodings: Mapping[str, Decoding]) -> dict[str, float]:
@@ -196,7 +201,9 @@ def paint(run: PaintingRun, model, processor, decodings: Mapping[str, Decoding])
             progress.add((len(run.todo.intersection(batch)) - len(batch)) * tokens_per_prompt)  # repaired, not new
             if pending is not None:
                 pending.result()
-            pending = writer.submit(decode_and_write, run, model, batch, sampled)
+            device = sampled[0][0].device
+            ready = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+            pending = writer.submit(decode_and_write, run, model, batch, sampled, ready)
         if pending is not None:
             pending.result()
     return seconds

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaModel
 
+from janus.dola.cli import is_out_of_memory
+
 BUCKET, GRAPH_BUCKET = 16, 128
 """Attention reads so many cache positions or a multiple. The cache grows by the first, so that what is read lies in one
 piece (the CPU's products copy what does not); where steps are captured, it is whole, and there is a graph for each."""
@@ -33,11 +35,24 @@ use_graphs = True
 """Whether steps are captured on CUDA; after a capture that fails they are not."""
 
 capture_lock = threading.Lock()
-"""Held during a capture; other threads hold it while they start work on the same device."""
+"""Held during a capture, and by other threads' work on the same device."""
 
 
 def uses_graphs(device: torch.device) -> bool:
     return use_graphs and device.type == "cuda"
+
+
+@contextmanager
+def beside_decoding(device: torch.device, ready: torch.cuda.Event | None) -> Iterator[None]:
+    """Within, another thread's CUDA work has a stream of its own, begins after `ready`, and meets no capture."""
+    if device.type != "cuda" or ready is None:
+        yield
+        return
+    with capture_lock:
+        own = torch.cuda.Stream(device)
+        own.wait_event(ready)
+        with torch.cuda.stream(own):
+            yield
 
 
 class Workspace:
@@ -236,9 +251,9 @@ class StaticBackbone:
             step(*fixed)  # the run before that capture asks for
             try:
                 space.replays[key] = capture(partial(step, *fixed), space)
-            except torch.OutOfMemoryError:
-                raise
             except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
                 use_graphs = self.graphed = False
                 warnings.warn(f"no CUDA graphs, steps run one kernel at a time: {error}", stacklevel=2)
                 return step(*inputs)
