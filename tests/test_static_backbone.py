@@ -1,5 +1,6 @@
 """What the CUDA path does beside arithmetic, with stand-ins for torch.cuda: no device is needed."""
 
+import functools
 import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -187,6 +188,41 @@ def test_what_a_batch_of_nan_left_in_the_cache_is_not_read_by_the_next(golden, g
         for layer in space.cache:
             layer.fill_(torch.nan)
     assert torch.equal(sample(golden), expected)
+
+
+# --- compiled --------------------------------------------------------------------------------------------------------
+
+
+def test_compiled_passes_give_the_same_tokens_and_serve_the_next_batch_too(golden, monkeypatch):
+    expected = sample(golden, prompts=1, window=1)
+    monkeypatch.setattr(static_backbone, "use_compile", True)
+    traces = []
+
+    def backend(graph, inputs):
+        traces.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(static_backbone, "compiled", functools.cache(functools.partial(torch.compile, backend=backend)))
+    torch.compiler.reset()
+    assert torch.equal(sample(golden, prompts=1, window=16), expected)
+    assert static_backbone.use_compile and traces
+    traced = len(traces)
+    assert torch.equal(sample(golden, prompts=1, window=16), expected) and len(traces) == traced
+
+
+def test_a_compilation_that_fails_is_told_in_one_line_and_nothing_is_compiled_from_then_on(golden, monkeypatch):
+    expected = sample(golden, prompts=1, window=1)
+    monkeypatch.setattr(static_backbone, "use_compile", True)
+    tries = []
+
+    def fail(function):
+        tries.append(function)
+        raise RuntimeError("backend='inductor' raised:\nno C++ compiler")
+
+    monkeypatch.setattr(static_backbone, "compiled", fail)
+    with pytest.warns(UserWarning, match="not compiled: backend='inductor' raised:$"):
+        assert torch.equal(sample(golden, prompts=1, window=16), expected)
+    assert len(tries) == 1
 
 
 # --- what it does not serve ------------------------------------------------------------------------------------------

@@ -12,11 +12,11 @@ It leans on what transformers does inside, and nothing else here does; `StaticBa
   Attention layers have `head_dim`, the config `num_key_value_heads`.
 """
 
+import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from inspect import signature
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -33,6 +33,9 @@ piece (the CPU's products copy what does not); where steps are captured, it is w
 
 use_graphs = True
 """Whether steps are captured on CUDA; after a capture that fails they are not."""
+
+use_compile = False
+"""Whether passes over a window are compiled; after a compilation that fails they are not."""
 
 capture_lock = threading.Lock()
 """Held during a capture, and by other threads' work on the same device."""
@@ -53,6 +56,11 @@ def beside_decoding(device: torch.device, ready: torch.cuda.Event | None) -> Ite
         own.wait_event(ready)
         with torch.cuda.stream(own):
             yield
+
+
+@functools.cache
+def compiled(function: Callable) -> Callable:
+    return torch.compile(function)
 
 
 class Workspace:
@@ -190,7 +198,9 @@ class StaticBackbone:
         self._make_visible(max(first) + self.window)
         self.space.first[: self.rows].copy_(torch.tensor(first).repeat_interleave(2))
         # where all rows write to the same positions, one slice: on the CPU a fifth of the time
-        self.block = None if self.graphed or len(set(first)) > 1 else slice(first[0], first[0] + self.window)
+        self.block = (
+            None if self.graphed or use_compile or len(set(first)) > 1 else slice(first[0], first[0] + self.window)
+        )
         return self._replay(step, inputs) if self.graphed else step(*inputs)
 
     def __call__(self, embeds: Tensor) -> Tensor:
@@ -203,6 +213,8 @@ class StaticBackbone:
         mask = torch.zeros(seen.shape, dtype=embeds.dtype, device=device).masked_fill_(~seen, -torch.inf)[:, None]
         # for few queries the CPU's fused kernel is slower than the two products that it fuses
         with attending_by("eager" if device.type == "cpu" else "sdpa", self.llama):
+            if use_compile:
+                return self._compiled_forward(embeds, mask, slots - start)
             return self._forward(embeds, mask, slots - start)
 
     def keep(self, images: Sequence[int]) -> list[int]:
@@ -250,14 +262,25 @@ class StaticBackbone:
         if key not in space.replays:
             step(*fixed)  # the run before that capture asks for
             try:
-                space.replays[key] = capture(partial(step, *fixed), space)
+                space.replays[key] = capture(functools.partial(step, *fixed), space)
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
                 use_graphs = self.graphed = False
-                warnings.warn(f"no CUDA graphs, steps run one kernel at a time: {error}", stacklevel=2)
+                warnings.warn(f"no CUDA graphs: {str(error).splitlines()[0]}", stacklevel=2)
                 return step(*inputs)
         return space.replays[key]()
+
+    def _compiled_forward(self, *arguments) -> Tensor:
+        global use_compile
+        try:
+            return compiled(StaticBackbone._forward)(self, *arguments)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            use_compile = False
+            warnings.warn(f"not compiled: {str(error).splitlines()[0]}", stacklevel=2)
+            return self._forward(*arguments)
 
     def _forward(self, h: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
         rotary = self.llama.rotary_emb(h, positions)
