@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -37,6 +37,7 @@ from generation_inference import (
     sample_image_tokens,
     tokens_to_images,
 )
+from janus.dola import static_backbone
 from janus.dola.cli import (
     JANUS_TINY,
     CommandParser,
@@ -62,7 +63,6 @@ from janus.dola.painting import (
 )
 from janus.dola.pictures import read_settings, save_image
 from janus.dola.prompt_files import Prompt, read_prompts
-from janus.dola.static_backbone import beside_decoding
 from janus.dola.switches import DoLaSwitches
 from janus.dola.variants import LAYER_KEYWORDS, parse_variants
 
@@ -74,18 +74,20 @@ TRACED = 5
 # --- within memory ---------------------------------------------------------------------------------------------------
 
 
-def images_per_batch(model, num_layers_read: int, max_length: int) -> int:
-    """How many images fit into 0.7 of the free memory, each with two rows of cache and of logits."""
+def images_per_batch(model, num_layers_read: int, prompt_length: int, num_tokens: int, window: int) -> int:
+    """How many images fit into 0.7 of the free memory, each with two rows of cache and of logits, and with noise."""
     llama, device = model.language_model.config, model.language_model.get_input_embeddings().weight.device
     bytes_per_value = model.language_model.get_input_embeddings().weight.element_size()
     head_dim = llama.hidden_size // llama.num_attention_heads
+    max_length = prompt_length + num_tokens + window
     cache = 2 * 2 * llama.num_hidden_layers * llama.num_key_value_heads * head_dim * max_length * bytes_per_value
-    logits = 2 * 4 * 4 * num_layers_read * model.gen_embed.weight.shape[0]
+    logits = 2 * 4 * 4 * num_layers_read * window * model.gen_embed.weight.shape[0]
+    noise = 4 * model.gen_embed.weight.shape[0] * (num_tokens if window > 1 else 1)
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGESIZE") if hasattr(os, "sysconf") else 4 << 30
-    return max(1, min(MAX_IMAGES_PER_BATCH.get(device.type, 64), int(0.7 * free / (cache + logits))))
+    return max(1, min(MAX_IMAGES_PER_BATCH.get(device.type, 64), int(0.7 * free / (cache + logits + noise))))
 
 
 def decode_within_memory(model, tokens: Tensor) -> list[Image.Image]:
@@ -117,14 +119,20 @@ def sample_slices(parallel_size: int, images: int) -> list[slice]:
 
 
 def sample_variant(
-    run: PaintingRun, model, processor, batch: range, images: int, decoding: Decoding, on_step: Callable[[int], None]
+    run: PaintingRun, model, processor, batch: range, images: int, decoding: Decoding, progress: Progress
 ) -> Sampled:
-    """A batch's prompts under one decoding, so many images of each at a time; `on_step` is told of the tokens made."""
+    """A batch's prompts under one decoding, so many images of each at a time."""
     prompts = [format_image_prompt(processor, run.prompts[index].text) for index in batch]
     tokens, told = [], []
     for samples in sample_slices(run.parallel_size, images):
         count = len(batch) * (samples.stop - samples.start)
         record = Record(count, num_image_tokens(model, processor), TRACED if run.trace else 0)
+        made: list[int] = []
+
+        def on_step(tokens: int, made=made, count=count) -> None:
+            made.append(tokens)
+            progress.add(tokens, f"{sum(made) / count / len(made):.1f} tokens per pass")
+
         tokens.append(
             sample_image_tokens(
                 model,
@@ -134,11 +142,13 @@ def sample_variant(
                 parallel_size=run.parallel_size,
                 seeds=[run.prompt_seed(index) for index in batch],
                 samples=samples,
+                window=run.settings["window"],
                 record=record if run.trace or decoding != decoding.baseline else None,
                 on_step=on_step,
             )
         )
-        told.append({k: v.unflatten(0, (len(batch), -1)).cpu() for k, v in record.values.items()})
+        values = record.values | {"passes": torch.full((count,), len(made))}
+        told.append({k: v.unflatten(0, (len(batch), -1)).cpu() for k, v in values.items()})
     whole = {name: torch.cat([part[name] for part in told], dim=1).numpy() for name in told[0]}
     return torch.cat(tokens, dim=1), whole
 
@@ -151,7 +161,7 @@ def decode_and_write(
     Each prompt's images under a variant become pixels together, whatever else is in the batch. `ready` is the event
     after which the tokens are there.
     """
-    with beside_decoding(sampled[0][0].device, ready):
+    with static_backbone.beside_decoding(sampled[0][0].device, ready):
         tokens = torch.cat([tokens for tokens, _ in sampled], dim=1).cpu()
         images = [
             [image for of_variant, _ in sampled for image in decode_within_memory(model, of_variant[p])]
@@ -187,7 +197,7 @@ def paint(run: PaintingRun, model, processor, decodings: Mapping[str, Decoding])
             try:
                 for name, decoding in decodings.items():
                     started = time.perf_counter()
-                    sampled.append(sample_variant(run, model, processor, batch, images, decoding, progress.add))
+                    sampled.append(sample_variant(run, model, processor, batch, images, decoding, progress))
                     seconds[name] += time.perf_counter() - started
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or len(batch) * images == 1:
@@ -254,7 +264,11 @@ def build_parser() -> CommandParser:
     add("--cfg_weight", type=float, help="guidance, at least 0 (default: the checkpoint's own, else 5)")
     add("--temperature", type=float, default=1.0, help="sampling temperature, above 0 (default: %(default)s)")
     add("--seed", type=int, default=0, help="with the prompt, gives each prompt's own seed (default: %(default)s)")
+    add = parser.add_argument_group("speed").add_argument
     add("--batch_size", type=positive, help="images decoded together (default: by the free memory)")
+    add("--window", type=positive, help="tokens of an image per pass, to the same tokens (default: what measured best)")
+    add("--no_graphs", action="store_true", help="on CUDA, do not capture steps as graphs (default: capture)")
+    add("--compile", action="store_true", help="compile passes with torch.compile, a minute once (default: do not)")
     return parser
 
 
@@ -319,6 +333,7 @@ def paint_prompts(parser: CommandParser, args: argparse.Namespace) -> None:
         "seed": args.seed,
         "format": args.format,
         "trace": args.trace,
+        "window": args.window,
         "variants": {name: asdict(decoding) for name, decoding in decodings.items()},
     }
     with RunLog(
@@ -335,8 +350,10 @@ def paint_prompts(parser: CommandParser, args: argparse.Namespace) -> None:
             len(processor.tokenizer.encode(format_image_prompt(processor, prompt.text))) for prompt in prompts
         )
         layers_read = 1 + max(len(decoding.layers) for decoding in decodings.values())
-        length = longest + num_image_tokens(model, processor)
-        run.choose_batch_size(args.batch_size or images_per_batch(model, layers_read, length))
+        size = args.batch_size or images_per_batch(
+            model, layers_read, longest, num_image_tokens(model, processor), args.window or 1
+        )
+        run.choose_batch_size(size)
         batch, images = run.batch(0)
         print(f"batches of {len(batch)} prompts x {images} images")
         seconds = paint(run, model, processor, decodings)
@@ -396,7 +413,16 @@ def paint_again(args: argparse.Namespace) -> None:
     rendered = [format_image_prompt(processor, prompt) for prompt in prompts]
     seeds = [prompt_seed(settings["run_seed"], prompt) for prompt in prompts]
     parts = [
-        sample_image_tokens(model, processor, rendered, decoding, parallel_size=size, seeds=seeds, samples=samples)[row]
+        sample_image_tokens(
+            model,
+            processor,
+            rendered,
+            decoding,
+            parallel_size=size,
+            seeds=seeds,
+            samples=samples,
+            window=settings.get("window"),
+        )[row]
         for samples in sample_slices(size, images)
     ]
     tokens = torch.cat(parts)
@@ -411,6 +437,8 @@ def paint_again(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = build_parser()
     args = parser.parse_args()
+    static_backbone.use_graphs = not args.no_graphs
+    static_backbone.use_compile = args.compile
     if args.show:
         print(json.dumps(read_settings(args.show), indent=1, ensure_ascii=False))
     elif args.again:

@@ -109,6 +109,24 @@ def test_an_image_depends_on_its_prompt_seed_and_settings_alone(tmp_path):
     assert prompt_seed(0, "a dog") != prompt_seed(1, "a dog") != prompt_seed(1, "a cat")
 
 
+def test_the_window_is_a_setting_that_changes_passes_alone_and_the_manifest_tells_them(tmp_path, capsys):
+    how = ["--parallel_size", "1", "--batch_size", "1", "--temperature", "0.01"]  # cold: guesses come true
+    one, many = (manifest(run(tmp_path, *how, "--window", w, outdir=w)) for w in ("1", "16"))
+    unknown = dict.fromkeys(("passes", "tokens_per_pass"))
+    assert [entry | unknown for entry in many] == [entry | unknown for entry in one]
+    assert {(entry["passes"], entry["tokens_per_pass"]) for entry in one} == {(16, 1.0)}
+    assert sum(entry["passes"] for entry in many) < 16 * len(many)
+    assert all(entry["tokens_per_pass"] == round(16 / entry["passes"], 2) for entry in many)
+    lost = next((tmp_path / "16").glob("0001_*_p0.jpg"))
+    before = contents(tmp_path / "16")
+    lost.unlink()
+    run(tmp_path, *how, "--window", "16", outdir="16")
+    assert contents(tmp_path / "16") == before
+    with pytest.raises(SystemExit):
+        run(tmp_path, *how, "--window", "1", outdir="16")
+    assert "other settings (window)" in capsys.readouterr().err
+
+
 def test_no_dola_and_layer_n_are_the_baseline_and_ab_makes_both_with_sheets(tmp_path):
     def hashes(outdir, variant):
         return [e["tokens_sha256"] for e in manifest(outdir) if e["variant"] == variant]
@@ -173,11 +191,11 @@ OUT_OF_MEMORY = [
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=repr)
 def test_running_out_of_memory_halves_the_batch_from_there_on_and_changes_no_image(tmp_path, monkeypatch, error):
-    whole = run(tmp_path, "--batch_size", "8", prompts=PROMPTS[:2], outdir="whole")
+    whole = run(tmp_path, "--window", "1", "--batch_size", "8", prompts=PROMPTS[:2], outdir="whole")
     counted = []
     monkeypatch.setattr(run_batch_prompts.Progress, "__exit__", lambda bar, *_: counted.append((bar.done, bar.total)))
     tried = runs_out_of_memory_beyond(2, monkeypatch, error)
-    halved = run(tmp_path, "--batch_size", "8", prompts=PROMPTS[:2], outdir="halved")
+    halved = run(tmp_path, "--window", "1", "--batch_size", "8", prompts=PROMPTS[:2], outdir="halved")
     assert tried == [(2, 4), (1, 4), (1, 2), (1, 2), (1, 2), (1, 2)]
     assert run_record(halved)["batch_sizes"] == [[0, 8], [0, 4], [0, 2]]
     assert counted == [(2 * 4 * 16, 2 * 4 * 16)], "what was tried in vain does not count"
@@ -185,7 +203,7 @@ def test_running_out_of_memory_halves_the_batch_from_there_on_and_changes_no_ima
 
 
 def test_a_halving_in_the_middle_holds_from_there_on_and_for_the_same_command_again(tmp_path, monkeypatch):
-    options = ["--parallel_size", "2", "--batch_size", "4"]
+    options = ["--parallel_size", "2", "--batch_size", "4", "--window", "1"]
     whole = contents(run(tmp_path, *options, outdir="whole"))
     sample, calls = run_batch_prompts.sample_image_tokens, []
 

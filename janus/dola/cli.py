@@ -141,9 +141,10 @@ class Progress:
             total=total, initial=done, unit=unit, unit_scale=True, smoothing=0.05, disable=not self.terminal
         )
 
-    def add(self, count: int) -> None:
-        """Count more as done, or, below 0, as not done after all."""
+    def add(self, count: int, note: str = "") -> None:
+        """Count more as done, or, below 0, as not done after all; a note stands behind the figures."""
         self.done += count
+        self.bar.set_postfix_str(note, refresh=False)
         self.bar.update(count)
         now = time.perf_counter()
         if not self.terminal and now - self.shown >= LINE_EVERY:
@@ -151,7 +152,14 @@ class Progress:
             elapsed = now - self.started
             print(
                 tqdm.format_meter(
-                    self.done, self.total, elapsed, unit=self.unit, unit_scale=True, initial=self.initial, ncols=0
+                    self.done,
+                    self.total,
+                    elapsed,
+                    unit=self.unit,
+                    unit_scale=True,
+                    initial=self.initial,
+                    ncols=0,
+                    postfix=note,
                 ),
                 file=sys.stderr,
                 flush=True,

@@ -24,7 +24,7 @@ PROMPTS_PER_PAGE = 200
 """Of the contact sheet over all prompts: a page of them is some 100 MB while it is made."""
 
 Told = Mapping[str, np.ndarray]
-"""What a `Record` holds of one image: arrays `[T, ...]` by name."""
+"""What a `Record` holds of one image: arrays `[T, ...]` by name, and the passes that its batch took, a number."""
 
 # --- names -----------------------------------------------------------------------------------------------------------
 
@@ -198,7 +198,10 @@ class PaintingRun:
         """Whether a line of the manifest, whoever wrote it, can be that of this image."""
         decoding = self.variants[self.place(position)[1]]
         line = self.line(position)
-        told: dict[str, Any] = {"tokens_sha256": f"{entry.get('tokens_sha256')}"}
+        told: dict[str, Any] = {key: entry.get(key) for key in ("passes", "tokens_per_pass")}
+        if type(told["passes"]) is not int or type(told["tokens_per_pass"]) is not float:
+            return False
+        told["tokens_sha256"] = f"{entry.get('tokens_sha256')}"
         if self.trace or decoding["layers"] or decoding["gamma"] == 0:
             told["argmax_changed"] = entry.get("argmax_changed")
             if not isinstance(told["argmax_changed"], float) or not 0 <= told["argmax_changed"] <= 1:
@@ -221,7 +224,7 @@ class PaintingRun:
             "index": index,
             "image": image,
             "parallel_size": self.parallel_size,
-            **{key: self.settings[key] for key in ("model", "dtype", "device")},
+            **{key: self.settings[key] for key in ("model", "dtype", "device", "window")},
             "variant": variant,
             "decoding": self.variants[variant],
             "tokens_sha256": tokens_sha256,
@@ -269,7 +272,13 @@ class PaintingRun:
         lines = []
         for position, (tokens_sha256, values) in enumerate(zip(hashes, chain(*told), strict=True), start=first):
             layers = self.variants[self.place(position)[1]]["layers"]
-            lines.append(self.line(position) | {"tokens_sha256": tokens_sha256} | summarise(values, layers))
+            passes = {
+                "passes": int(values["passes"]),
+                "tokens_per_pass": round(tokens.shape[2] / int(values["passes"]), 2),
+            }
+            if position < len(self.log.entries):  # another machine may take others to the same tokens
+                passes = {key: self.log.entries[position][key] for key in passes}
+            lines.append(self.line(position) | {"tokens_sha256": tokens_sha256} | passes | summarise(values, layers))
         self.log.check(first, lines)
         for index, *made in zip(batch, images, tokens, told, strict=True):
             for position, image, codes, values in zip(self.positions(index), *made, strict=True):
@@ -382,7 +391,7 @@ def summarise(told: Told, layers: Sequence[int]) -> dict[str, Any]:
 
 def write_trace(path: Path, codes: np.ndarray, told: Told) -> None:
     """A line for each token: what was drawn, the top-k as [token, probability], and what changed."""
-    lists = {name: values.tolist() for name, values in told.items()}
+    lists = {name: values.tolist() for name, values in told.items() if name != "passes"}
     for name in [name.removesuffix("_tokens") for name in lists if name.endswith("_tokens")]:
         pairs = zip(lists.pop(f"{name}_tokens"), lists[name], strict=True)
         lists[name] = [list(zip(tokens, (round(p, 6) for p in probs), strict=True)) for tokens, probs in pairs]
