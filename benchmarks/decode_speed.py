@@ -142,37 +142,42 @@ def measure(ways: dict[str, Callable[[], None]], rounds: int, device: torch.devi
 
 
 def hardware_rates(device: torch.device) -> dict[str, float]:
-    """Measured copy bandwidth in bytes/s and bf16 matmul rate in FLOP/s of a CUDA device."""
+    """Measured copy bandwidth in bytes/s and bf16 matmul rate in FLOP/s."""
+    on_cuda = device.type == "cuda"
 
-    def seconds(work: Callable[[], object], repeats: int = 20) -> float:
+    def seconds(work: Callable[[], object], repeats: int = 20 if on_cuda else 3) -> float:
         work()
-        torch.cuda.synchronize()
+        if on_cuda:
+            torch.cuda.synchronize(device)
         started = time.perf_counter()
         for _ in range(repeats):
             work()
-        torch.cuda.synchronize()
+        if on_cuda:
+            torch.cuda.synchronize(device)
         return (time.perf_counter() - started) / repeats
 
-    source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+    size, width = (1 << 30, 8192) if on_cuda else (1 << 26, 512)
+    source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    a = torch.randn(8192, 8192, dtype=torch.bfloat16, device=device)
+    a = torch.randn(width, width, dtype=torch.bfloat16, device=device)
     return {
         "bytes_per_s": 2 * source.nbytes / seconds(lambda: target.copy_(source)),
-        "flops": 2 * 8192**3 / seconds(lambda: a @ a),
+        "flops": 2 * width**3 / seconds(lambda: a @ a),
     }
 
 
-def floor_seconds(model, processor, prompts: list[str], parallel_size: int, rates: dict[str, float]) -> float:
-    """The least time of one step: bytes of weights and cache read over bandwidth, or FLOPs over the matmul rate."""
-    size, patch = image_geometry(model, processor)
+def floor_seconds(model, rows: int, window: int, length: float, rates: dict[str, float]) -> float:
+    """The least time of a pass over `window` positions of `rows` sequences, `length` positions in.
+
+    Bytes of weights and cache that it reads over the bandwidth, or its FLOPs over the matmul rate.
+    """
     llama = model.language_model.config
     weights = [*model.language_model.model.layers.parameters(), *model.gen_head.parameters()]
-    length = max(len(processor.tokenizer.encode(p)) for p in prompts) + (size // patch) ** 2 / 2
-    rows = 2 * parallel_size * len(prompts)
     heads = llama.num_key_value_heads * (llama.hidden_size // llama.num_attention_heads)
     cache = 2 * len(model.language_model.model.layers) * rows * length * heads * weights[0].element_size()
     bytes_read = sum(w.nbytes for w in weights) + cache
-    return max(bytes_read / rates["bytes_per_s"], 2 * rows * sum(w.numel() for w in weights) / rates["flops"])
+    flops = 2 * rows * window * sum(w.numel() for w in weights)
+    return max(bytes_read / rates["bytes_per_s"], flops / rates["flops"])
 
 
 def main() -> None:
@@ -242,7 +247,8 @@ def main() -> None:
         peak = f"{m['peak_bytes'] / 2**30:.2f}" if "peak_bytes" in m else "not measured"
         print(f"| {name} | {m['images_per_s']:.2f} | {m['speedup']:.2f} | {m['ms_per_step']:.1f} | {peak} |")
         if rates and batches == 1:
-            least = floor_seconds(model, processor, prompts, n, rates)
+            length = max(len(processor.tokenizer.encode(p)) for p in prompts) + steps / 2
+            least = floor_seconds(model, 2 * images, 1, length, rates)
             m["step_over_floor"] = m["ms_per_step"] / 1e3 / least
     for name, m in measured.items():
         if "step_over_floor" in m:
