@@ -531,9 +531,12 @@ def sample_once(model, processor, prompts, decoding, *, on_step, record, **how):
     composition = repr((prompts, decoding, how))
     moment()
     if composition not in sampled:
-        tokens = sample(model, processor, prompts, decoding, record=record, **how)
-        sampled[composition] = tokens, {} if record is None else record.values
-    tokens, values = sampled[composition]
+        steps = []
+        tokens = sample(model, processor, prompts, decoding, record=record, on_step=steps.append, **how)
+        sampled[composition] = tokens, {} if record is None else record.values, steps
+    tokens, values, steps = sampled[composition]
+    for step in steps:
+        on_step(step)
     if record is not None:
         record.values = values
     return tokens

@@ -7,6 +7,7 @@ a blue cross on a gray background"). A tenth of the one-object captions and a te
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -201,3 +202,21 @@ def judge(image: np.ndarray) -> tuple[Scene, float]:
         b, r, first, second = np.unravel_index(two.argmin(), two.shape)
         scene = Scene((objects[first], objects[second]), list(BACKGROUNDS)[b], relation=list(RELATIONS)[r])
     return scene, math.sqrt(error / x.size)
+
+
+def prompt_met(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+    """A scorer of painted scenes: 1 where the nearest drawing of the grammar is the prompt's own, else 0.
+
+    Raises ValueError for a prompt that is no caption of the grammar, and for an image of another size.
+    """
+    if unknown := [prompt for prompt in prompts if prompt not in _captions()]:
+        raise ValueError(f"{unknown[0]!r} is no caption of a drawn scene")
+    if sizes := {image.size for image in images} - {(SIDE, SIDE)}:
+        raise ValueError(f"a drawn scene has {SIDE} x {SIDE} pixels, this image {sizes.pop()}")
+    found = [judge(np.asarray(image.convert("RGB")))[0].caption for image in images]
+    return [float(caption == prompt) for caption, prompt in zip(found, prompts, strict=True)]
+
+
+@cache
+def _captions() -> frozenset[str]:
+    return frozenset(scene.caption for scene in one_object_scenes() + two_object_scenes())

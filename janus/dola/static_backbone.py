@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaModel
 
-from janus.dola.cli import is_out_of_memory
+from janus.dola.memory import is_out_of_memory
 
 BUCKET, GRAPH_BUCKET = 16, 128
 """Attention reads so many cache positions or a multiple. The cache grows by the first, so that what is read lies in one
