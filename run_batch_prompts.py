@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from generation_inference import (
     Record,
     default_guidance,
     format_image_prompt,
+    format_question,
     num_image_tokens,
     sample_image_tokens,
     tokens_to_images,
@@ -63,7 +65,9 @@ from janus.dola.painting import (
 )
 from janus.dola.pictures import read_settings, save_image
 from janus.dola.prompt_files import Prompt, read_prompts
+from janus.dola.scorers import Reader, Scorer, make_scorer, needs_model
 from janus.dola.switches import DoLaSwitches
+from janus.dola.text_encoder import find_text_encoder
 from janus.dola.variants import LAYER_KEYWORDS, parse_variants
 
 EXAMPLE_PROMPTS = Path(__file__).parent / "examples" / "prompt.json"
@@ -154,9 +158,14 @@ def sample_variant(
 
 
 def decode_and_write(
-    run: PaintingRun, model, batch: range, sampled: Sequence[Sampled], ready: torch.cuda.Event | None
+    run: PaintingRun,
+    model,
+    batch: range,
+    sampled: Sequence[Sampled],
+    ready: torch.cuda.Event | None,
+    scorer: Scorer | None,
 ) -> None:
-    """Tokens of a batch under every variant to pixels and files; runs beside the next batch's decoding.
+    """Tokens of a batch under every variant to pixels and files; without a scorer beside the next batch's decoding.
 
     Each prompt's images under a variant become pixels together, whatever else is in the batch. `ready` is the event
     after which the tokens are there.
@@ -171,10 +180,16 @@ def decode_and_write(
         [{k: v[p, s] for k, v in values.items()} for _, values in sampled for s in range(run.parallel_size)]
         for p in range(len(batch))
     ]
-    run.write(batch, images, tokens.numpy(), told)
+    scores = []
+    if scorer is not None:
+        prompts = [run.prompts[index].text for index in batch for _ in range(run.images_per_prompt)]
+        scores = scorer([image for of_prompt in images for image in of_prompt], prompts)
+    run.write(batch, images, tokens.numpy(), told, scores)
 
 
-def paint(run: PaintingRun, model, processor, decodings: Mapping[str, Decoding]) -> dict[str, float]:
+def paint(
+    run: PaintingRun, model, processor, decodings: Mapping[str, Decoding], scorer: Scorer | None = None
+) -> dict[str, float]:
     """Make what is still to do; returns the seconds of sampling by variant."""
     for index in range(len(run.prompts)):
         if index not in run.todo:
@@ -213,7 +228,9 @@ def paint(run: PaintingRun, model, processor, decodings: Mapping[str, Decoding])
                 pending.result()
             device = sampled[0][0].device
             ready = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-            pending = writer.submit(decode_and_write, run, model, batch, sampled, ready)
+            pending = writer.submit(decode_and_write, run, model, batch, sampled, ready, scorer)
+            if scorer is not None:  # it reads with the model that decodes
+                pending.result()
         if pending is not None:
             pending.result()
     return seconds
@@ -225,6 +242,12 @@ def paint(run: PaintingRun, model, processor, decodings: Mapping[str, Decoding])
 COMPARE = (
     "any decodings from the same noise: baseline, apc, dola, or key=value,... of layer, ratio, exit, alpha, gamma, "
     "norm, order, cfg, temperature, as in --compare apc layer=6 exit=2,4,6 layer=4,alpha=0.5 (default: DoLa alone)"
+)
+
+
+SCORERS = (
+    "what is best: caption (the prompt as Janus's answer to what it sees), vqa (Janus's yes to whether it is shown), "
+    "tower (its SigLIP's cosine), each also with DoLa in its reading as caption,layer=6, or module:function"
 )
 
 
@@ -253,17 +276,23 @@ def build_parser() -> CommandParser:
         help="baseline and DoLa from the same noise: --compare baseline dola (default: DoLa)",
     )
     add("--compare", nargs="+", metavar="SPEC", help=COMPARE)
-    add = parser.add_argument_group("sampling").add_argument
+    group = parser.add_argument_group("sampling")
+    add, samples = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add(
         "--cfg_order",
         choices=("guide_first", "contrast_first"),
         default="guide_first",
         help="guide the layers, then contrast them, or the other way round (default: %(default)s)",
     )
-    add("--parallel_size", type=positive, default=4, help="images per prompt (default: %(default)s)")
+    samples("--parallel_size", type=positive, default=4, help="images per prompt (default: %(default)s)")
+    samples("--best_of", type=positive, metavar="N", help="paint N images per prompt and keep the best (default: all)")
     add("--cfg_weight", type=float, help="guidance, at least 0 (default: the checkpoint's own, else 5)")
     add("--temperature", type=float, default=1.0, help="sampling temperature, above 0 (default: %(default)s)")
     add("--seed", type=int, default=0, help="with the prompt, gives each prompt's own seed (default: %(default)s)")
+    add = parser.add_argument_group("with --best_of").add_argument
+    add("--scorer", metavar="SPEC", help=f"{SCORERS} (default: caption)")
+    add("--keep_all", action="store_true", help="keep the others too, the best one marked (default: the best alone)")
+    add("--text_encoder", help="SiglipModel of the scorer tower: directory or hub id (default: siglip/ in --model)")
     add = parser.add_argument_group("speed").add_argument
     add("--batch_size", type=positive, help="images decoded together (default: by the free memory)")
     add("--window", type=positive, help="tokens of an image per pass, to the same tokens (default: what measured best)")
@@ -304,6 +333,18 @@ def read_variants(parser: CommandParser, args: argparse.Namespace) -> dict[str, 
     return variants
 
 
+def read_scorer(parser: CommandParser, args: argparse.Namespace) -> dict[str, str | None] | None:
+    """What a run's settings say of the scorer; None without one."""
+    if args.best_of is None:
+        for option in ("scorer", "keep_all", "text_encoder"):
+            if getattr(args, option):
+                parser.error(f"--{option} needs --best_of")
+        return None
+    spec = args.scorer or "caption"
+    needs_model(spec)
+    return {"spec": spec, "text_encoder": args.text_encoder}
+
+
 def make_decoding(model, *, use_dola: bool = True, cfg_weight: float | None = None, **values: Any) -> Decoding:
     """The decoding of a variant; the checkpoint's own guidance where it names none, no layers where none is read."""
     layers = pick_contrast_layers(
@@ -326,16 +367,23 @@ def paint_prompts(parser: CommandParser, args: argparse.Namespace) -> None:
         prompts = [Prompt(text) for text in args.prompt][: args.max_prompts]
     else:
         prompts = read_prompts(args.prompt_json or EXAMPLE_PROMPTS, args.max_prompts)
+    scorer = read_scorer(parser, args)
     _, processor, model = load_pretrained_model(args.model, args.dtype, args.device)
     decodings = {name: make_decoding(model, **values) for name, values in variants.items()}
     settings = run_settings(args, model) | {
-        "parallel_size": args.parallel_size,
+        "parallel_size": args.best_of or args.parallel_size,
+        "scorer": scorer,
+        "keep_all": args.best_of is None or args.keep_all,
         "seed": args.seed,
         "format": args.format,
         "trace": args.trace,
         "window": args.window,
         "variants": {name: asdict(decoding) for name, decoding in decodings.items()},
     }
+    score = None
+    if scorer is not None:
+        reader = Reader(model, processor, partial(format_question, processor))
+        score = make_scorer(scorer["spec"], reader, partial(find_text_encoder, args.model, args.text_encoder))
     with RunLog(
         args.outdir / "manifest.jsonl",
         settings,
@@ -356,7 +404,7 @@ def paint_prompts(parser: CommandParser, args: argparse.Namespace) -> None:
         run.choose_batch_size(size)
         batch, images = run.batch(0)
         print(f"batches of {len(batch)} prompts x {images} images")
-        seconds = paint(run, model, processor, decodings)
+        seconds = paint(run, model, processor, decodings, score)
         done = len(prompts) - len(run.todo)
         print(f"{len(run.todo)} prompts painted ({done} were done already)")
         for name, spent in seconds.items():

@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from janus.dola.files import RunLog, is_whole_image, load_image, parse_json, read_text, write_whole
-from janus.dola.pictures import contact_sheet, layer_map, save_image, tile, where_map
+from janus.dola.pictures import contact_sheet, frame, layer_map, save_image, tile, where_map
 from janus.dola.prompt_files import Prompt
 
 PROMPTS_PER_PAGE = 200
@@ -142,18 +142,29 @@ class PaintingRun:
         self.log, self.prompts, self.settings = log, prompts, log.run["settings"]
         self.variants: dict[str, dict[str, Any]] = self.settings["variants"]
         self.folders, self.trace = variant_folders(self.settings), self.settings["trace"]
+        self.scorer, self.keep_all = self.settings["scorer"], self.settings["keep_all"]
         self.parallel_size, self.seed, self.suffix = (self.settings[k] for k in ("parallel_size", "seed", "format"))
         self.images_per_prompt = len(self.variants) * self.parallel_size
         self.labels, self.shared = describe_variants(self.variants)
+        self.best = {position for position, entry in enumerate(log.entries) if entry.get("best") is True}
         for position, entry in enumerate(log.entries):
             if position >= len(prompts) * self.images_per_prompt or not self.is_line(position, entry):
                 raise ValueError(f"{log.path}: line {position + 1} is not a line of this run")
+        for samples in self.samples(0, len(log.entries)) if self.scorer else ():
+            if len(self.best.intersection(samples)) != 1:
+                raise ValueError(
+                    f"{log.path}: line {samples.start + 1}: not one of the samples from here on is the best"
+                )
         for name in self.folders:
             (log.directory / name).mkdir(exist_ok=True)
         self.todo = {index for index in range(len(prompts)) if not all(map(self.is_done, self.positions(index)))}
 
     def positions(self, index: int) -> range:
         return range(index * self.images_per_prompt, (index + 1) * self.images_per_prompt)
+
+    def samples(self, start: int, stop: int) -> list[range]:
+        """The positions from `start` to `stop`, by prompt and variant."""
+        return [range(i, i + self.parallel_size) for i in range(start, stop, self.parallel_size)]
 
     def place(self, position: int) -> tuple[int, str, int]:
         """(index of the prompt, variant, number of the image)"""
@@ -172,12 +183,16 @@ class PaintingRun:
     def prompt_seed(self, index: int) -> int:
         return prompt_seed(self.seed, self.prompts[index].text)
 
+    def is_kept(self, position: int) -> bool:
+        """Whether an image has files: of several samples that were scored, the best has."""
+        return self.keep_all or position in self.best
+
     def line(self, position: int) -> dict[str, Any]:
-        """What is known of an image before it is painted."""
+        """What an image's line says beside what came of painting it."""
         index, variant, image = self.place(position)
         text, fields = self.prompts[index]
         layers = self.variants[variant]["layers"]
-        return {
+        line = {
             "index": index,
             "prompt": text,
             **({"fields": fields} if fields else {}),
@@ -185,14 +200,14 @@ class PaintingRun:
             "variant": variant,
             "seed": self.prompt_seed(index),
             "layer": list(layers) if len(layers) > 1 else next(iter(layers), None),
-            "file": self.file(position),
-            **({"sheet": self.sheet(index, "ab")} if self.folders else {}),
-            **(
-                {"trace": self.file(position, "_trace.jsonl"), "where": self.sheet(index, "where")}
-                if self.trace
-                else {}
-            ),
         }
+        if self.is_kept(position):
+            line["file"] = self.file(position)
+        if self.folders:
+            line["sheet"] = self.sheet(index, "ab")
+        if self.trace and self.is_kept(position):
+            line |= {"trace": self.file(position, "_trace.jsonl"), "where": self.sheet(index, "where")}
+        return line
 
     def is_line(self, position: int, entry: Mapping[str, Any]) -> bool:
         """Whether a line of the manifest, whoever wrote it, can be that of this image."""
@@ -202,6 +217,10 @@ class PaintingRun:
         if type(told["passes"]) is not int or type(told["tokens_per_pass"]) is not float:
             return False
         told["tokens_sha256"] = f"{entry.get('tokens_sha256')}"
+        if self.scorer:
+            told |= {"score": entry.get("score"), "best": entry.get("best")}
+            if type(told["score"]) is not float or type(told["best"]) is not bool:
+                return False
         if self.trace or decoding["layers"] or decoding["gamma"] == 0:
             told["argmax_changed"] = entry.get("argmax_changed")
             if not isinstance(told["argmax_changed"], float) or not 0 <= told["argmax_changed"] <= 1:
@@ -231,8 +250,10 @@ class PaintingRun:
         }
 
     def is_done(self, position: int) -> bool:
+        if position >= len(self.log.entries) or not self.is_kept(position):
+            return position < len(self.log.entries)
         traced = not self.trace or (self.log.directory / self.file(position, "_trace.jsonl")).is_file()
-        return position < len(self.log.entries) and traced and is_whole_image(self.log.directory / self.file(position))
+        return traced and is_whole_image(self.log.directory / self.file(position))
 
     def batch(self, start: int) -> tuple[range, int]:
         """The prompts that are decoded together from `start` on, and how many images of each at a time."""
@@ -262,12 +283,22 @@ class PaintingRun:
 
     # --- writing
 
-    def write(self, batch: range, images: Sequence[Sequence[Image.Image]], tokens: np.ndarray, told: Sequence) -> None:
+    def write(
+        self,
+        batch: range,
+        images: Sequence[Sequence[Image.Image]],
+        tokens: np.ndarray,
+        told: Sequence,
+        scores: Sequence[float] = (),
+    ) -> None:
         """Images, codes and what was told of a batch (`[prompts, images, ...]`) to files, then lines of the manifest.
 
-        Of what the manifest has already, only what is lost is written again.
+        With a scorer there is a score for each image, and the first of the highest is the best of its samples. Of what
+        the manifest has already, only what is lost is written again.
         """
         first = self.positions(batch.start).start
+        for samples in self.samples(first, first + len(scores)):
+            self.best.add(max(samples, key=lambda position: scores[position - first]))
         hashes = [image_hash(codes) for rows in tokens for codes in rows]
         lines = []
         for position, (tokens_sha256, values) in enumerate(zip(hashes, chain(*told), strict=True), start=first):
@@ -278,11 +309,14 @@ class PaintingRun:
             }
             if position < len(self.log.entries):  # another machine may take others to the same tokens
                 passes = {key: self.log.entries[position][key] for key in passes}
-            lines.append(self.line(position) | {"tokens_sha256": tokens_sha256} | passes | summarise(values, layers))
+            line = self.line(position) | {"tokens_sha256": tokens_sha256} | passes | summarise(values, layers)
+            if self.scorer:
+                line |= {"score": scores[position - first], "best": position in self.best}
+            lines.append(line)
         self.log.check(first, lines)
         for index, *made in zip(batch, images, tokens, told, strict=True):
             for position, image, codes, values in zip(self.positions(index), *made, strict=True):
-                if not self.is_done(position):
+                if self.is_kept(position) and not self.is_done(position):
                     settings = self.image_settings(position, image_hash(codes))
                     save_image(image, self.log.directory / self.file(position), settings)
                     if self.trace:
@@ -298,11 +332,16 @@ class PaintingRun:
             if wanted and not (lost_only and is_whole_image(path)):
                 save_image(make(index), path)
 
-    def by_variant(self, index: int) -> dict[str, range]:
-        """Label -> positions of a prompt's images."""
+    def by_variant(self, index: int) -> dict[str, list[int]]:
+        """Label -> positions of a prompt's images that are kept."""
         positions = self.positions(index)
-        parts = [positions[i : i + self.parallel_size] for i in range(0, len(positions), self.parallel_size)]
+        parts = [list(filter(self.is_kept, part)) for part in self.samples(positions.start, positions.stop)]
         return dict(zip(self.labels.values(), parts, strict=True))
+
+    def load(self, position: int) -> Image.Image:
+        """An image for a sheet, in a frame where it is the best of several."""
+        image = load_image(self.log.directory / self.file(position))
+        return frame(image) if self.keep_all and position in self.best else image
 
     @property
     def subtitle(self) -> str:
@@ -310,7 +349,7 @@ class PaintingRun:
 
     def comparison(self, index: int) -> Image.Image:
         rows = {
-            label: [load_image(self.log.directory / self.file(position)) for position in positions]
+            label: [self.load(position) for position in positions]
             for label, positions in self.by_variant(index).items()
         }
         return contact_sheet(self.prompts[index].text, self.subtitle, rows)
@@ -331,8 +370,7 @@ class PaintingRun:
             rows[label] = []
             for position in positions:
                 told = traces[position]
-                image = load_image(self.log.directory / self.file(position))
-                rows[label].append(where_map(image, told["jsd"], told["draw_changed"], top))
+                rows[label].append(where_map(self.load(position), told["jsd"], told["draw_changed"], top))
                 if len(np.unique(told["layer"])) > 1:
                     rows[label].append(layer_map(told["layer"]))
         scale = f"JSD(q_N, p_hat): dark 0, bright {top:.2g} nats · red: another token than the baseline's"

@@ -116,6 +116,13 @@ def contact_sheet(
     return sheet
 
 
+def frame(image: Image.Image) -> Image.Image:
+    """The image with a green frame, inside its borders."""
+    framed, width = image.copy(), max(2, image.width // 32)
+    ImageDraw.Draw(framed).rectangle((0, 0, image.width - 1, image.height - 1), outline="limegreen", width=width)
+    return framed
+
+
 def tile(paths: Sequence[Path]) -> Image.Image:
     """Images of one size in a grid about as wide as high; one file is open at a time."""
     sizes = [Image.open(path).size for path in paths]
