@@ -51,6 +51,7 @@ from janus.dola.cli import (
     run_settings,
 )
 from janus.dola.files import RunLog, read_json_file
+from janus.dola.layouts import LAYOUTS, check_layout, write_layout
 from janus.dola.loading import load_pretrained_model
 from janus.dola.memory import is_out_of_memory
 from janus.dola.painting import (
@@ -265,6 +266,7 @@ def build_parser() -> CommandParser:
     add("--outdir", type=Path, default="outputs", help="where images and manifest.jsonl go (default: %(default)s)")
     add("--format", choices=("jpg", "png"), default="jpg", help="image format (default: %(default)s)")
     add("--trace", action="store_true", help="also write what DoLa did at every token, and a map of it (default: no)")
+    add("--layout", choices=tuple(LAYOUTS), help="also lay the images out as a benchmark reads them (default: do not)")
     add("--overwrite", action="store_true", help="start anew where --outdir holds another run (default: refuse)")
     add_model_arguments(parser)
     add_dola_arguments(parser, "by --layer_ratio, 0.8")
@@ -394,6 +396,8 @@ def paint_prompts(parser: CommandParser, args: argparse.Namespace) -> None:
     ) as log:
         run = PaintingRun(log, prompts)
         run.check_batch_size(args.batch_size)
+        if args.layout:
+            check_layout(run, args.layout)
         longest = max(
             len(processor.tokenizer.encode(format_image_prompt(processor, prompt.text))) for prompt in prompts
         )
@@ -413,6 +417,8 @@ def paint_prompts(parser: CommandParser, args: argparse.Namespace) -> None:
         if run.folders:
             pages = run.write_contact_sheets()
             print(f"contact sheet: {log.directory / pages[0]}" + (f" to {pages[-1]}" if len(pages) > 1 else ""))
+        if args.layout:
+            print(f"layout {args.layout}: {write_layout(run, args.layout)}")
     print(f"images and manifest.jsonl: {log.directory}")
 
 

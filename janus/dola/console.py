@@ -11,6 +11,8 @@ SCRIPTS = {
     "janus-paint": ROOT_SCRIPTS / "run_batch_prompts.py",
     "janus-ask": ROOT_SCRIPTS / "inference.py",
     "janus-rerank": PACKAGE / "dola" / "rerank.py",
+    "janus-compare": PACKAGE / "dola" / "compare" / "__main__.py",
+    "janus-layout": PACKAGE / "dola" / "layouts.py",
     "janus-layer-search": PACKAGE / "dola" / "layer_search" / "__main__.py",
 }
 

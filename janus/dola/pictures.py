@@ -134,6 +134,16 @@ def tile(paths: Sequence[Path]) -> Image.Image:
     return whole
 
 
+def stack(sheets: Sequence[Image.Image]) -> Image.Image:
+    """Sheets one below the other."""
+    whole = Image.new("RGB", (max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)), "white")
+    top = 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, top))
+        top += sheet.height
+    return whole
+
+
 # --- where DoLa acted ------------------------------------------------------------------------------------------------
 
 
