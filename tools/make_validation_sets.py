@@ -1,6 +1,7 @@
 """Draws held-out scenes as inputs of the layer search: `python -m tools.make_validation_sets`.
 
-Writes `image.jsonl`, `answers.jsonl` and `tower.jsonl`, each line with the field `kind`, and the drawings in `images/`.
+Writes `image.jsonl`, `answers.jsonl` and `tower.jsonl`, each line with the field `kind`, and the drawings in `images/`;
+and `prompts.jsonl` to paint, scenes of both kinds that janus-tiny was trained on and that it was not (`kind`, `seen`).
 """
 
 import argparse
@@ -12,10 +13,23 @@ from PIL import Image
 
 from tools import scenes
 
+PROMPTS = {("one object", "seen"): 71, ("one object", "held out"): 29, ("two objects", "seen"): 70,
+           ("two objects", "held out"): 70}  # fmt: skip
+"""How many to paint of each kind; the 29 are all that there are."""
+
 ONE, TWO = (
     [scene for scene in of_kind if scenes.is_held_out(scene)]
     for of_kind in (scenes.one_object_scenes(), scenes.two_object_scenes())
 )
+
+
+def prompts_to_paint() -> list[dict[str, str]]:
+    rng, lines = np.random.default_rng(1), []
+    drawn = {"one object": scenes.one_object_scenes(), "two objects": scenes.two_object_scenes()}
+    for (kind, name), count in PROMPTS.items():
+        split = [scene.caption for scene in drawn[kind] if scenes.is_held_out(scene) == (name == "held out")]
+        lines += [{"prompt": text, "kind": kind, "seen": name} for text in rng.permutation(split)[:count].tolist()]
+    return lines
 
 
 def main() -> None:
@@ -30,7 +44,7 @@ def main() -> None:
         rng.permutation([(k, dx, dy) for k in range(len(of_kind)) for dx in around for dy in around]).tolist()
         for of_kind in (TWO, ONE)
     )
-    lines: dict[str, list[dict[str, str]]] = {"image": [], "answers": [], "tower": []}
+    lines: dict[str, list[dict[str, str]]] = {"image": [], "answers": [], "tower": [], "prompts": prompts_to_paint()}
     for i in range(args.count):  # no drawing twice
         k, dx, dy = (one if i % 3 == 0 else two).pop()
         scene = (ONE if i % 3 == 0 else TWO)[k]
