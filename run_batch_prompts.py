@@ -163,7 +163,7 @@ def decode_and_write(
     model,
     batch: range,
     sampled: Sequence[Sampled],
-    ready: torch.cuda.Event | None,
+    ready: Any,
     scorer: Scorer | None,
 ) -> None:
     """Tokens of a batch under every variant to pixels and files; without a scorer beside the next batch's decoding.
@@ -335,7 +335,7 @@ def read_variants(parser: CommandParser, args: argparse.Namespace) -> dict[str, 
     return variants
 
 
-def read_scorer(parser: CommandParser, args: argparse.Namespace) -> dict[str, str | None] | None:
+def read_scorer(parser: CommandParser, args: argparse.Namespace) -> dict[str, Any] | None:
     """What a run's settings say of the scorer; None without one."""
     if args.best_of is None:
         for option in ("scorer", "keep_all", "text_encoder"):

@@ -61,7 +61,7 @@ def test_the_model_knows_nothing_of_dola():
 
 
 def test_the_modules_of_the_layer_search_build_on_the_ones_before():
-    modules = ["examples", "tasks", "metrics", "report", "__main__"]
+    modules = ["examples", "tasks", "metrics", "report", "survivors", "__main__"]
     for i, module in enumerate(modules):
         names = imported(ROOT / "janus" / "dola" / "layer_search" / f"{module}.py")
         assert not names & {f"janus.dola.layer_search.{later}" for later in modules[i:]}

@@ -3,14 +3,17 @@
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from conftest import GOLDEN
+import run_batch_prompts
+from conftest import GOLDEN, write_lines
 from janus.dola.cli import run_command
 from janus.dola.layer_search import __main__ as layer_search
 from janus.dola.layer_search import metrics
@@ -127,6 +130,9 @@ def test_three_searches_fill_one_switches_file_and_the_batch_command_reads_it(
     image, answers, tower = (found[task]["best"] for task in ("image", "answers", "tower"))
     assert DoLaSwitches.from_json(file) == DoLaSwitches(
         lambda_mm=0.3,
+        use_dola_gen_static=False,  # five examples say nothing
+        use_dola_lm_static=False,
+        use_dola_siglip_static=False,
         fixed_layer_gen=image["layer"],
         alpha_gen=image["alpha"],
         fixed_layer_llm=answers["layer"],
@@ -142,9 +148,10 @@ def test_three_searches_fill_one_switches_file_and_the_batch_command_reads_it(
         parser = batch_parser()
         return read_variants(parser, parser.parse_args(options))
 
-    dola = batch_arguments("--config", str(file))["dola"]
+    assert list(batch_arguments("--config", str(file))) == ["baseline"]
+    dola = batch_arguments("--config", str(file), "--ab")["dola"]
     assert (dola["layer"], dola["alpha"]) == (image["layer"], image["alpha"])
-    assert batch_arguments("--config", str(file), "--domain", "two")["dola"]["layer"] == own["layer"]
+    assert batch_arguments("--config", str(file), "--domain", "two", "--ab")["dola"]["layer"] == own["layer"]
     dola = batch_arguments("--config", str(file), "--layer", "4", "--alpha", "0.3")["dola"]
     assert (dola["layer"], dola["alpha"]) == (4, 0.3)
     dola = batch_arguments("--config", str(file), "--layer_ratio", "0.5")["dola"]
@@ -157,6 +164,59 @@ def test_three_searches_fill_one_switches_file_and_the_batch_command_reads_it(
     assert batch_arguments("--config", str(off), "--layer", "4")["dola"]["gamma"] == 0.5
     with pytest.raises(SystemExit):
         batch_arguments("--domain", "two")
+
+
+liked: dict[str, np.ndarray] = {}
+"""Prompt -> the picture that `likes_the_baseline` likes."""
+
+
+def likes_the_baseline(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+    pairs = zip(images, prompts, strict=True)
+    return [-float(np.abs(np.asarray(image, dtype=float) - liked[prompt]).mean()) for image, prompt in pairs]
+
+
+def paint(monkeypatch, *options: object) -> None:
+    usual = ["--model", str(GOLDEN), "--parallel_size", "1", "--format", "png", "--cfg_weight", "3"]
+    monkeypatch.setattr(sys, "argv", ["run_batch_prompts.py", *usual, *map(str, options)])
+    run_command(run_batch_prompts.main)
+
+
+def test_a_search_whose_every_layer_loses_writes_switches_that_paint_the_baselines_very_bytes(tmp_path, monkeypatch):
+    rng, lines = np.random.default_rng(0), []
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+        lines.append({"prompt": f"picture {i}", "image": f"{i}.png"})
+    data = write_lines(tmp_path / "image.jsonl", lines)
+    prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": line["prompt"]} for line in lines])
+    paint(monkeypatch, "--prompt_json", prompts, "--no_dola", "--outdir", tmp_path / "base")
+    for line in (tmp_path / "base" / "manifest.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        liked[entry["prompt"]] = np.asarray(Image.open(tmp_path / "base" / entry["file"]), dtype=float)
+
+    options = [
+        "--data",
+        data,
+        "--outdir",
+        tmp_path / "found",
+        "--cfg_weight",
+        "3",
+        "--layers",
+        "2,4",
+        "--alphas",
+        "0.1",
+    ]
+    options += ["--paint", "2", "--samples", "1", "--scorer", f"{__name__}:likes_the_baseline"]
+    command(monkeypatch, "image", *options)
+    found = contents(tmp_path / "found")
+    scores = [json.loads(line)["scores"] for line in found["painted/scores.jsonl"].splitlines()]
+    assert all(of[0] == 0 for of in scores) and np.array(scores)[:, 2:].mean(0).max() < 0
+    switches = tmp_path / "found" / "switches.json"
+    assert json.loads(switches.read_text())["why"]["image"].startswith("off: the best contrast, chosen on one half")
+    command(monkeypatch, "image", *options)
+    assert contents(tmp_path / "found") == found, "a finished search paints nothing again, and says the same"
+
+    paint(monkeypatch, "--prompt_json", prompts, "--config", switches, "--outdir", tmp_path / "searched")
+    assert contents(tmp_path / "searched") == contents(tmp_path / "base")
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from janus.dola.intervals import bootstrap
 from janus.dola.layer_search.examples import read_examples
-from janus.dola.layer_search.metrics import bootstrap, buckets, find_decision, metric_names, search
+from janus.dola.layer_search.metrics import buckets, find_decision, metric_names, search
 from janus.dola.layer_search.tasks import tower_task
 from janus.dola.text_encoder import load_text_encoder
 

@@ -148,7 +148,7 @@ def test_the_trace_is_that_of_one_by_one(golden):
                 assert one.get(key) == other.get(key)
             for key in ("q_N", "q_j", "p_hat"):
                 for row, other_row in zip(one[key], other[key], strict=True):
-                    assert_close(*([p for _, p in pairs] for pairs in (row, other_row)), terms, size)
+                    assert_close([p for _, p in row], [p for _, p in other_row], terms, size)
             assert_close(one["jsd"], other["jsd"], terms, size)
 
 

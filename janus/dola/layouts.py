@@ -104,10 +104,10 @@ def check_layout(run: PaintingRun, name: str) -> None:
             raise ValueError(f"{where} has no {missing[0]!r}: paint the benchmark's own file of prompts")
         if name == "dpg" and not re.fullmatch(r"[\w-][\w.-]{0,200}", f"{prompt.fields['item_id']}"):
             raise ValueError(f"{where}: item_id {prompt.fields['item_id']!r} is no name of a file")
-        if layout.own and (own := layout.own(prompt)) in seen:
+        own = index if layout.own is None else layout.own(prompt)
+        if own in seen:
             raise ValueError(f"{where}: {own!r} is there twice")
-        elif layout.own:
-            seen.add(own)
+        seen.add(own)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from janus.dola.files import RunLog, read_json_file
 from janus.dola.painting import PaintingRun, is_run_file, variant_folders
@@ -37,11 +38,11 @@ def open_painted(directory: Path) -> Iterator[PaintingRun]:
     Raises ValueError where there is none, where somebody changed it, and where prompts are still to be painted.
     """
     path = directory / "run.json"
-    run = read_json_file(path)
+    run: Any = read_json_file(path)
     try:
-        if not isinstance(run, dict) or run.get("log") != "manifest.jsonl":
+        if not isinstance(run, dict) or run.get("log") != "manifest.jsonl" or not {"settings", "inputs"} <= run.keys():
             raise ValueError("describes no painting run")
-        settings, prompts = run.get("settings"), run.get("inputs")
+        settings, prompts = run["settings"], run["inputs"]
         complete(settings, SETTINGS, "settings")
         variants = settings.get("variants")
         if not isinstance(variants, dict) or len(variants) != max(1, len(variant_folders(settings))):

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -120,7 +120,7 @@ def import_function(spec: str) -> Scorer:
         raise ValueError(f"scorer {spec!r}: {error}") from None
     if not callable(function):
         raise ValueError(f"scorer {spec!r}: {name} is no function")
-    return function
+    return cast(Scorer, function)
 
 
 def score_in_passes(scorer: Scorer, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:

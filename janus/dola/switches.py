@@ -64,6 +64,8 @@ class DoLaSwitches:
     def from_json(cls, path: str | os.PathLike, domain: str | None = None) -> "DoLaSwitches":
         """Read the switches of a file: `{switch: value, ..., "domains": {name: {switch: value, ...}}}`.
 
+        What stands under "why", there and in a domain, is for people.
+
         A domain starts from the file's own values, and those from the defaults. Raises ValueError, one line that
         names the file, for one that is not there or not such JSON, an unknown key, a wrong value, in whichever domain
         it stands, and for a domain that the file does not have.
@@ -81,6 +83,7 @@ class DoLaSwitches:
     def _updated(self, values: Any, where: str) -> "DoLaSwitches":
         if not isinstance(values, dict):
             raise ValueError(f"{where}: expected an object of switches, got {values!r}")
+        values = {key: value for key, value in values.items() if key != "why"}
         names = [field.name for field in fields(self)]
         if unknown := [key for key in values if key not in names]:
             raise ValueError(f"{where}: unknown key {unknown[0]!r} (known: {', '.join(names)})")

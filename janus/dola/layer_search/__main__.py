@@ -12,24 +12,47 @@ if __name__ == "__main__":
 import argparse
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from dola_runtime import check_alpha, check_cfg_weight
-from generation_inference import default_guidance, format_image_prompt, format_question, pack_prompts
+from generation_inference import (
+    Decoding,
+    default_guidance,
+    format_image_prompt,
+    format_question,
+    pack_prompts,
+    sample_image_tokens,
+    tokens_to_images,
+)
 from janus.dola.cli import CommandParser, add_model_arguments, parse_layers, positive, run_command, run_settings
+from janus.dola.compare.report import points as score_points
 from janus.dola.files import RunLog
 from janus.dola.layer_search.examples import FIELDS, Example, read_examples, texts_of
 from janus.dola.layer_search.metrics import ALPHAS, metric_names, search, summarise
-from janus.dola.layer_search.report import explain, plot, table, update_switches, write_json
+from janus.dola.layer_search.report import (
+    MEANS,
+    Decision,
+    decide,
+    decide_all,
+    explain,
+    plot,
+    table,
+    update_switches,
+    write_json,
+)
+from janus.dola.layer_search.survivors import judge, pick_survivors, score_painted, variants_of
 from janus.dola.layer_search.tasks import answers_task, image_task, tower_task
 from janus.dola.loading import load_pretrained_model
+from janus.dola.painting import prompt_seed
+from janus.dola.scorers import Reader, make_scorer, needs_model
 from janus.dola.switches import DoLaSwitches
 from janus.dola.text_encoder import find_text_encoder
 
@@ -70,6 +93,13 @@ def build_parser() -> argparse.ArgumentParser:
         add("--alphas", type=parse_alphas, default=list(ALPHAS), help="APC thresholds (default: 0.02,0.05,0.1,0.2,0.5)")
         if task == "image":
             add("--cfg_weight", type=float, help="guidance, at least 0 (default: the checkpoint's own, else 5)")
+            help_paint = (
+                "paint with the K best, the baseline and APC only, and decide by that (default: by given tokens)"
+            )
+            add("--paint", type=positive, metavar="K", help=help_paint)
+            help_scorer = "of painted images: caption, vqa, tower or module:function (default: %(default)s)"
+            add("--scorer", default="caption", metavar="SPEC", help=help_scorer)
+            add("--samples", type=positive, default=4, help="images of a prompt for --paint (default: %(default)s)")
         add("--domain_field", metavar="NAME", help="a field that names each line's domain: a layer for each")
         add("--explain", type=positive, metavar="N", help="write explain.md: N examples made right, N made wrong")
         add("--batch_size", type=positive, default=16, help="examples in one forward pass (default: %(default)s)")
@@ -99,8 +129,44 @@ def fingerprint(model: nn.Module, *readers: object) -> str:
     return digest.hexdigest()
 
 
+def paint_survivors(
+    args: argparse.Namespace, processor, model, summary: dict[str, Any], examples: Sequence[Example], settings: dict
+) -> dict[str | None, Decision]:
+    """The prompts painted with what teacher forcing found best, and what their scores decide, by domain too."""
+    survivors = pick_survivors(summary, args.paint)
+    shared = {
+        "norm": settings["norm"],
+        "temperature": 1.0,
+        "cfg_weight": settings["cfg_weight"],
+        "cfg_order": "guide_first",
+    }
+    variants = variants_of(survivors, shared)
+    domain_of = {example["prompt"]: example.get("domain") for example in examples}
+    texts = list(domain_of)
+
+    def paint(prompts: Sequence[str], fields: Mapping[str, Any]) -> list[list[Image.Image]]:
+        rendered = [format_image_prompt(processor, text) for text in prompts]
+        seeds = [prompt_seed(0, text) for text in prompts]
+        decoding = Decoding(**{**fields, "layers": tuple(fields["layers"])})
+        tokens = sample_image_tokens(model, processor, rendered, decoding, parallel_size=args.samples, seeds=seeds)
+        return [tokens_to_images(model, of_prompt) for of_prompt in tokens]
+
+    reader = Reader(model, processor, partial(format_question, processor))
+    scorer = make_scorer(args.scorer, reader, partial(find_text_encoder, args.model, None))
+    painted = {"variants": variants, "scorer": args.scorer, "samples": args.samples}
+    with RunLog(args.outdir / "painted" / "scores.jsonl", settings | painted, texts, overwrite=args.overwrite) as log:
+        scores = score_painted(texts, variants, paint, scorer, args.batch_size, log)
+    measured, decisions = f"{len(texts)} prompts painted, scored by {args.scorer}", {}
+    for name in (None, *summary.get("domains", {})):
+        among = [i for i, text in enumerate(texts) if name in (None, domain_of[text])]
+        decisions[name] = decide(judge(variants, scores[among]), measured, score_points)
+    return decisions
+
+
 def main() -> None:
     args = build_parser().parse_args()
+    if args.task == "image":
+        needs_model(args.scorer)
     if find_spec("matplotlib") is None:  # the original code does not ask for it
         raise ValueError("the layer search draws its curve with matplotlib: pip install matplotlib")
     for alpha in args.alphas:
@@ -152,7 +218,12 @@ def main() -> None:
         write_json(args.outdir / "layer_search.json", settings | summary)
         plot(summary, f"{args.task}: {Path(settings['model']).name}", args.outdir / "layer_search.png")
         switches = args.switches or args.outdir / "switches.json"
-        update_switches(switches, args.task, summary)
+        decisions = decide_all(summary, MEANS[summary["metric"]])
+        if args.task == "image" and args.paint:
+            decisions = paint_survivors(args, processor, model, summary, examples, settings)
+            for name, decision in decisions.items():
+                print(f"{name or 'Painted'}: {decision.why}.")
+        update_switches(switches, args.task, decisions)
         written = ["layer_search.json", "layer_search.png"]
         if args.explain:
             explain(task, examples, values, summary, args.explain, args.outdir)

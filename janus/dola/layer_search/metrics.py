@@ -20,6 +20,7 @@ from dola_runtime import (
     trace_step,
 )
 from janus.dola.files import RunLog
+from janus.dola.intervals import bootstrap, hold_out, paired
 from janus.dola.layer_search.examples import Example, rivals
 from janus.dola.layer_search.tasks import Reading, Task
 from janus.dola.scoring import ContinuationScores, TokenScores, fill_dropped, score_states
@@ -136,14 +137,6 @@ def is_measured(entry: dict[str, Any], index: int, shape: tuple[int, ...]) -> bo
         return False
 
 
-def bootstrap(differences: np.ndarray, draws: int = 2000, at_a_time: int = 100) -> np.ndarray:
-    """95% intervals of means over examples, `[examples, k]` to `[k, 2]`, from resampled examples of a fixed seed."""
-    count, rng = len(differences), np.random.default_rng(0)
-    even = np.full(count, 1 / count)
-    means = [rng.multinomial(count, even, at_a_time) @ differences / count for _ in range(draws // at_a_time)]
-    return np.quantile(np.concatenate(means), [0.025, 0.975], axis=0).T
-
-
 def buckets(num_layers: int) -> list[tuple[int, int]]:
     """The contrast layers 1..N-1 in thirds of N: (1, 10), (11, 20), (21, 29) for 30 layers."""
     ends = [0, round(num_layers / 3), round(2 * num_layers / 3), num_layers - 1]
@@ -195,6 +188,7 @@ def summarise(
             if columns
         ],
         "best": describe_best(own, layers, alphas, a, column),
+        "held_out": describe_held_out(own, layers, alphas),
     }
     if domains is not None:
         summary["domains"] = {}
@@ -205,6 +199,7 @@ def summarise(
             summary["domains"][name] = {
                 "examples": len(in_domain),
                 "best": describe_best(in_domain, layers, alphas, own_a, own_column),
+                "held_out": describe_held_out(in_domain, layers, alphas),
                 "over_overall": paired(in_domain[:, own_a, own_column] - in_domain[:, a, column]),
             }
     return summary
@@ -232,8 +227,17 @@ def describe_best(
     }
 
 
-def paired(differences: np.ndarray) -> list[float]:
-    return [differences.mean(), *bootstrap(differences[:, None])[0].tolist()]
+def describe_held_out(own: np.ndarray, layers: Sequence[int], alphas: Sequence[float]) -> dict[str, Any] | None:
+    """The best cell of one half of `[examples, alphas, 2 + layers]` on the other half; None for too few examples."""
+    cells = own[..., 2:].reshape(len(own), -1)
+    found = hold_out(own[:, 0, 0], own[..., 1], cells)
+    if found is None:
+        return None
+    chosen = [divmod(cell, len(layers)) for cell in found.chosen]
+    return found._asdict() | {
+        "chosen": [f"layer {layers[layer]}, alpha {alphas[a]:g}" for a, layer in chosen],
+        "better": found.better,
+    }
 
 
 # --- one step, looked at ---------------------------------------------------------------------------------------------

@@ -1,25 +1,24 @@
 """What a layer search shows and writes: the table, the curve, the switches, the examples that DoLa changed most."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from janus.dola.files import load_image, read_json_file, write_whole
+from janus.dola.intervals import FEWEST
 from janus.dola.layer_search.examples import Example, rivals
 from janus.dola.layer_search.metrics import find_decision
 from janus.dola.layer_search.tasks import Task
 from janus.dola.switches import DoLaSwitches
 
 SWITCHES = {
-    "image": ("fixed_layer_gen", "alpha_gen"),
-    "answers": ("fixed_layer_llm", "alpha_L"),
-    "tower": ("fixed_layer_vit", "alpha_V"),
+    "image": ("use_dola_gen_static", "fixed_layer_gen", "alpha_gen"),
+    "answers": ("use_dola_lm_static", "fixed_layer_llm", "alpha_L"),
+    "tower": ("use_dola_siglip_static", "fixed_layer_vit", "alpha_V"),
 }
-FEWEST = 10
-"""Examples that a domain needs before its own layer may be called better: fewer make no honest interval."""
 MEANS = {
     "prob": "mean probability of the true token",
     "accuracy": "share of questions whose true choice wins",
@@ -53,7 +52,11 @@ def table(summary: dict[str, Any]) -> str:
         (f"layer {best['layer']}, alpha {best['alpha']:g}", lambda m: m["dola"][at][layer]),
     ):
         lines.append(f"{name:>24}" + "".join(f"{of(m):10.4f}" for m in summary["means"].values()))
-    lines += ["", *claims(summary)]
+    lines += [
+        "",
+        *claims(summary),
+        *(f"{name or 'Switches'}: {d.why}." for name, d in decide_all(summary, MEANS[metric]).items()),
+    ]
     return "\n".join(lines)
 
 
@@ -125,23 +128,53 @@ def plot(summary: dict[str, Any], title: str, path: Path) -> None:
     write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
 
 
-def update_switches(path: Path, task: str, summary: dict[str, Any]) -> None:
-    """Put the best layer and alpha, overall and of each domain, into a switches file; what else is there stays.
+class Decision(NamedTuple):
+    """What a switches file says of one contrast: whether it is on, its layer and alpha, and why."""
 
-    Raises ValueError for a file that is there and holds no switches.
+    on: bool
+    layer: int
+    alpha: float
+    why: str
+
+
+def decide(found: dict[str, Any], measured: str, points: Callable[[Sequence[float]], str] = points) -> Decision:
+    """On only where the best contrast, judged on what did not choose it, beats the baseline and APC only for certain.
+
+    `found` holds `best` and `held_out`, as a summary and each of its domains do; `measured` says by what.
+    """
+    held_out, best = found["held_out"], found["best"]
+    if held_out is None:
+        return Decision(False, best["layer"], best["alpha"], f"off: fewer than {FEWEST} examples ({measured})")
+    return Decision(
+        held_out["better"],
+        best["layer"],
+        best["alpha"],
+        f"{'on' if held_out['better'] else 'off'}: the best contrast, chosen on one half and judged on the other "
+        f"({' and '.join(dict.fromkeys(held_out['chosen']))}), has {points(held_out['over_baseline'])} over the "
+        f"baseline and {points(held_out['over_apc_only'])} over APC only ({measured})",
+    )
+
+
+def decide_all(summary: dict[str, Any], measured: str) -> dict[str | None, Decision]:
+    """The decision overall, under None, and that of each domain."""
+    return {name: decide(found, measured) for name, found in ({None: summary} | summary.get("domains", {})).items()}
+
+
+def update_switches(path: Path, task: str, decisions: dict[str | None, Decision]) -> None:
+    """Put decisions, overall and of each domain, into a switches file; what else is there stays.
+
+    A new file has everything off that was not searched. Raises ValueError for a file that holds no switches.
     """
     if not path.exists():
-        DoLaSwitches().to_json(path)
+        DoLaSwitches(**{use: False for use, _, _ in SWITCHES.values()}).to_json(path)
     DoLaSwitches.from_json(path)  # the check of all of it
     content = read_json_file(path)
-
-    def keys(found: dict[str, Any]) -> dict[str, Any]:
-        return dict(zip(SWITCHES[task], (found["best"]["layer"], found["best"]["alpha"]), strict=True))
-
     domains = content.pop("domains", {})
-    for name, domain in summary.get("domains", {}).items():
-        domains[name] = domains.get(name, {}) | keys(domain)
-    write_json(path, content | keys(summary) | ({"domains": domains} if domains else {}))
+    for name, (on, layer, alpha, why) in decisions.items():
+        part = content if name is None else domains.setdefault(name, {})
+        part |= dict(zip(SWITCHES[task], (on, layer, alpha), strict=True))
+        part["why"] = part.get("why", {}) | {task: why}
+    write_json(path, content | ({"domains": domains} if domains else {}))
 
 
 def write_json(path: Path, content: Any) -> None:
