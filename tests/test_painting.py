@@ -10,6 +10,7 @@ from PIL import Image
 import run_batch_prompts
 from conftest import GOLDEN
 from generation_inference import Decoding, Record, format_image_prompt, sample_image_tokens
+from janus.dola import painting
 from janus.dola.cli import run_command
 from janus.dola.painting import describe_variants, is_run_file, prompt_seed, variant_folders
 from janus.dola.pictures import read_settings
@@ -252,3 +253,104 @@ def test_painting_again_never_overwrites(compared, capsys):
         run("--again", file, "--outdir", file.parent)
     assert stop.value.code == 2 and "exists: choose another --outdir" in capsys.readouterr().err
     assert file.read_bytes() == before
+
+
+# --- the best of several ---------------------------------------------------------------------------------------------
+
+
+def brightness(images, prompts) -> list[float]:
+    return [float(np.asarray(image, dtype=float).mean()) for image in images]
+
+
+SCORER = ("--scorer", f"{__name__}:brightness")
+
+
+def paint_best(outdir: Path, *options: object) -> list[dict]:
+    prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    run(*prompts, "--ab", "--cfg-weight", 3, "--format", "png", "--outdir", outdir, *options)
+    return lines(outdir / "manifest.jsonl")
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory) -> Path:
+    """Four images of each prompt and variant, none of them chosen."""
+    outdir = tmp_path_factory.mktemp("four")
+    paint_best(outdir, "--parallel_size", 4)
+    return outdir
+
+
+@pytest.fixture(scope="module")
+def best(tmp_path_factory) -> Path:
+    outdir = tmp_path_factory.mktemp("best")
+    paint_best(outdir, "--best_of", 4, *SCORER)
+    return outdir
+
+
+def test_best_of_keeps_the_image_that_scores_highest_and_tells_all_scores(four, best):
+    of_all, entries = lines(four / "manifest.jsonl"), lines(best / "manifest.jsonl")
+    assert [e["tokens_sha256"] for e in entries] == [e["tokens_sha256"] for e in of_all]
+    for start in range(0, len(entries), 4):
+        samples = entries[start : start + 4]
+        pictures = [Image.open(four / e["file"]) for e in of_all[start : start + 4]]
+        assert [e["score"] for e in samples] == pytest.approx(brightness(pictures, None), rel=5e-6)
+        chosen = max(range(4), key=lambda i: samples[i]["score"])
+        assert [e["best"] for e in samples] == [i == chosen for i in range(4)]
+        assert ["file" in e for e in samples] == [i == chosen for i in range(4)]
+        kept = Image.open(best / samples[chosen]["file"])
+        assert (np.asarray(kept) == np.asarray(pictures[chosen])).all()
+    files = {str(p.relative_to(best)) for p in best.glob("*/*.png")}
+    assert files == {e["file"] for e in entries if e["best"]}
+    assert Image.open(best / entries[0]["sheet"]).width < Image.open(four / of_all[0]["sheet"]).width
+
+
+def test_keep_all_keeps_the_others_and_marks_the_best_on_the_sheets(four, best, tmp_path):
+    entries = paint_best(tmp_path, "--best_of", 4, *SCORER, "--keep_all")
+    assert [e["score"] for e in entries] == [e["score"] for e in lines(best / "manifest.jsonl")]
+    assert all((tmp_path / e["file"]).is_file() for e in entries)
+    framed, plain = (np.asarray(Image.open(folder / entries[0]["sheet"])) for folder in (tmp_path, four))
+    green = (framed == (50, 205, 50)).all(-1)
+    assert framed.shape == plain.shape and green.any() and not (plain == (50, 205, 50)).all(-1).any()
+
+
+def test_best_of_resumes_and_repairs_to_the_same_bytes(best, tmp_path, monkeypatch, capsys):
+    def contents(folder: Path) -> dict[str, bytes]:
+        return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    options = ["--best_of", 4, *SCORER, "--batch_size", 4]
+    paint_best(tmp_path / "whole", *options)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(painting.PaintingRun, "write_sheets", dies)
+        paint_best(tmp_path / "parts", *options)
+    entries = paint_best(tmp_path / "parts", *options)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    kept = [e for e in entries if e["best"]]
+    (tmp_path / "parts" / kept[1]["file"]).unlink()
+    paint_best(tmp_path / "parts", *options)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+    log = tmp_path / "parts" / "manifest.jsonl"
+    log.write_text(log.read_text().replace('"best": false', '"best": true', 1))
+    with pytest.raises(SystemExit) as stopped:
+        paint_best(tmp_path / "parts", *options)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and str(log) in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--scorer", "vqa"], "--scorer needs --best_of"),
+        (["--keep_all"], "--keep_all needs --best_of"),
+        (["--best_of", 2, "--parallel_size", 2], "not allowed with"),
+        (["--best_of", 2, "--scorer", "nobody"], "expected caption, vqa, tower, or module:function"),
+        (["--best_of", 2, "--scorer", "tower"], "has no siglip/ text encoder"),
+        (["--best_of", 2, "--scorer", f"{__name__}:lines"], f"scorer '{__name__}:lines'"),
+    ],
+)
+def test_what_best_of_cannot_do_is_one_line(tmp_path, capsys, options, message):
+    with pytest.raises((SystemExit, TypeError)) as stopped:
+        paint_best(tmp_path, *options)
+    assert getattr(stopped.value, "code", 2) == 2 and message in capsys.readouterr().err.splitlines()[-1]

@@ -17,8 +17,8 @@ from janus.dola.painted import open_painted
 from janus.dola.painting import PaintingRun, describe_decoding
 from janus.dola.prompt_files import Prompt
 
-LONGEST_NAME = 240
-"""Bytes of a file name that most file systems take, less the number behind it."""
+LONGEST_NAME = 230
+"""Bytes of a prompt in a file's name: 255, less the number and the ending, also those of a file half written."""
 
 Files = Iterator[tuple[str, Image.Image | str]]
 """Names inside a folder, and the picture or the text that goes there."""

@@ -115,6 +115,8 @@ def main() -> None:
     with open_painted(args.directory) as run:
         if unknown := [name for name, _ in args.results if name not in run.variants]:
             raise ValueError(f"--results: no variant {unknown[0]!r} in {args.directory} ({', '.join(run.variants)})")
+        if args.referee and (run.parallel_size == 1 or not run.keep_all):
+            raise ValueError("--referee: needs several images of each prompt, all kept (--keep_all)")
         columns = None
         if args.by:
             columns = [str(prompt.fields.get(args.by, "")) for prompt in run.prompts]
@@ -144,8 +146,6 @@ def main() -> None:
                 "scorers": {spec: compare(run.variants, of, columns) for spec, of in means.items()},
             }
             if args.referee:
-                if run.parallel_size == 1 or not all(map(run.is_kept, range(len(run.log.entries)))):
-                    raise ValueError("--referee: needs several images of each prompt, all kept (--keep_all)")
                 scored = {spec: of for spec, of in scores.items() if spec in specs}
                 found |= {"referee": args.referee, "choices": judge_choices(run.variants, scored, args.referee)}
             shown = extremes(run, next(iter(means.values())), log.directory / "extremes.png")
