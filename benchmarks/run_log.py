@@ -30,13 +30,18 @@ def seconds(outdir: Path, num_prompts: int, batch_size: int, model, processor) -
     image.save(content, "JPEG")
     variants = {"baseline": asdict(Decoding())}
     settings = {"model": "none", "dtype": "float32", "device": "cpu", "parallel_size": 1, "seed": 0, "format": "jpg"}
-    settings |= {"trace": False, "variants": variants}
+    settings |= {"trace": False, "scorer": None, "keep_all": True, "window": None, "variants": variants}
     prompts = [Prompt(f"a photo of {i} red circles above a small blue square") for i in range(num_prompts)]
+
+    def sample_nothing(model, processor, prompts, decoding, *, on_step, **_) -> torch.Tensor:
+        on_step(len(prompts) * 576)
+        return torch.zeros(len(prompts), 1, 576).long()
+
     started = time.perf_counter()
     with (
         patch.multiple(
             run_batch_prompts,
-            sample_image_tokens=lambda model, processor, prompts, *_, **__: torch.zeros(len(prompts), 1, 576).long(),
+            sample_image_tokens=sample_nothing,
             tokens_to_images=lambda model, tokens: [image] * len(tokens),
         ),
         patch.object(
