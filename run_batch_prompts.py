@@ -8,13 +8,14 @@ if __name__ == "__main__":
 import argparse
 import json
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -57,6 +58,7 @@ from janus.dola.memory import is_out_of_memory
 from janus.dola.painting import (
     IMAGE_SETTINGS,
     PaintingRun,
+    check_batch_size,
     cut_batch,
     image_hash,
     is_batch_sizes,
@@ -67,6 +69,16 @@ from janus.dola.painting import (
 from janus.dola.pictures import read_settings, save_image
 from janus.dola.prompt_files import Prompt, read_prompts
 from janus.dola.scorers import Reader, Scorer, make_scorer, needs_model
+from janus.dola.shards import (
+    UNITS,
+    LogState,
+    ShardLog,
+    gather,
+    open_patiently,
+    parse_shard,
+    put_away,
+    unfinished,
+)
 from janus.dola.switches import DoLaSwitches
 from janus.dola.text_encoder import find_text_encoder
 from janus.dola.variants import LAYER_KEYWORDS, parse_variants
@@ -192,22 +204,22 @@ def paint(
     run: PaintingRun, model, processor, decodings: Mapping[str, Decoding], scorer: Scorer | None = None
 ) -> dict[str, float]:
     """Make what is still to do; returns the seconds of sampling by variant."""
-    for index in range(len(run.prompts)):
+    for index in run.indices:
         if index not in run.todo:
             run.write_sheets(index, lost_only=True)
     tokens_per_prompt = run.images_per_prompt * num_image_tokens(model, processor)
-    done = len(run.prompts) - len(run.todo)
+    done = len(run.indices) - len(run.todo)
     seconds = dict.fromkeys(decodings, 0.0)
     pending: Future | None = None
     with (
-        Progress(len(run.prompts) * tokens_per_prompt, done * tokens_per_prompt, "token") as progress,
+        Progress(len(run.indices) * tokens_per_prompt, done * tokens_per_prompt, "token") as progress,
         ThreadPoolExecutor(max_workers=1) as writer,
     ):
         start = 0
         while start < len(run.prompts):
             batch, images = run.batch(start)
             start = batch.stop
-            if run.todo.isdisjoint(batch):
+            if run.todo.isdisjoint(batch) or not run.log.claim(run.positions(batch.start).start):
                 continue
             sampled, before = [], progress.done
             try:
@@ -244,6 +256,13 @@ COMPARE = (
     "any decodings from the same noise: baseline, apc, dola, or key=value,... of layer, ratio, exit, alpha, gamma, "
     "norm, order, cfg, temperature, as in --compare apc layer=6 exit=2,4,6 layer=4,alpha=0.5 (default: DoLa alone)"
 )
+
+
+def shard(text: str) -> tuple[int, int]:
+    try:
+        return parse_shard(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 SCORERS = (
@@ -295,6 +314,15 @@ def build_parser() -> CommandParser:
     add("--scorer", metavar="SPEC", help=f"{SCORERS} (default: caption)")
     add("--keep_all", action="store_true", help="keep the others too, the best one marked (default: the best alone)")
     add("--text_encoder", help="SiglipModel of the scorer tower: directory or hub id (default: siglip/ in --model)")
+    group = parser.add_argument_group("several processes at one run, to the same bytes")
+    share = group.add_mutually_exclusive_group().add_argument
+    share(
+        "--shard", type=shard, metavar="I/N", help="do units I, I+N, ...; auto: torchrun's or a Slurm array's numbers"
+    )
+    share(
+        "--ray", nargs="?", const="", metavar="ADDRESS", help="let Ray share the units out (default: a local cluster)"
+    )
+    group.add_argument("--workers", type=positive, help="actors of --ray (default: one for each GPU, else one)")
     add = parser.add_argument_group("speed").add_argument
     add("--batch_size", type=positive, help="images decoded together (default: by the free memory)")
     add("--window", type=positive, help="tokens of an image per pass, to the same tokens (default: what measured best)")
@@ -360,7 +388,62 @@ def make_decoding(model, *, use_dola: bool = True, cfg_weight: float | None = No
     return decoding if use_dola else decoding.baseline
 
 
-def paint_prompts(parser: CommandParser, args: argparse.Namespace) -> None:
+class Job(NamedTuple):
+    """What a command line asks for, and the model that does it."""
+
+    args: argparse.Namespace
+    prompts: list[Prompt]
+    settings: dict[str, Any]
+    model: Any
+    processor: Any
+    decodings: dict[str, Decoding]
+    scorer: Scorer | None
+
+    def open(self) -> RunLog:
+        return RunLog(
+            self.args.outdir / "manifest.jsonl",
+            self.settings,
+            [prompt.text for prompt in self.prompts],
+            overwrite=self.args.overwrite,
+            folders=variant_folders,
+            is_own=is_run_file,
+        )
+
+    def start(self, log: RunLog) -> None:
+        """Check what the run's record says, and put the images per batch into it where it has none."""
+        run = PaintingRun(log, self.prompts, indices=())
+        check_batch_size(log, self.args.batch_size)
+        if self.args.layout:
+            check_layout(run, self.args.layout)
+        encode = self.processor.tokenizer.encode
+        longest = max(len(encode(format_image_prompt(self.processor, prompt.text))) for prompt in self.prompts)
+        layers_read = 1 + max(len(decoding.layers) for decoding in self.decodings.values())
+        size = self.args.batch_size or images_per_batch(
+            self.model, layers_read, longest, num_image_tokens(self.model, self.processor), self.args.window or 1
+        )
+        run.choose_batch_size(size)
+        batch, images = run.batch(0)
+        print(f"batches of {len(batch)} prompts x {images} images")
+
+    def paint(self, run: PaintingRun) -> None:
+        seconds = paint(run, self.model, self.processor, self.decodings, self.scorer)
+        print(f"{len(run.todo)} prompts painted ({len(run.indices) - len(run.todo)} were done already)")
+        for name, spent in seconds.items():
+            rate = f", {len(run.todo) * run.parallel_size / spent:.2f} images/s" if run.todo else ""
+            print(f"  {name}: {run.labels[name]}{rate}")
+
+    def finish(self, run: PaintingRun) -> None:
+        """What is made of all images together."""
+        if run.folders:
+            pages = run.write_contact_sheets()
+            first, last = run.log.directory / pages[0], f" to {pages[-1]}" if len(pages) > 1 else ""
+            print(f"contact sheet: {first}{last}")
+        if self.args.layout:
+            print(f"layout {self.args.layout}: {write_layout(run, self.args.layout)}")
+        print(f"images and manifest.jsonl: {run.log.directory}")
+
+
+def load_job(parser: CommandParser, args: argparse.Namespace) -> Job:
     variants = read_variants(parser, args)
     if args.prompt:
         for text in args.prompt:
@@ -386,40 +469,106 @@ def paint_prompts(parser: CommandParser, args: argparse.Namespace) -> None:
     if scorer is not None:
         reader = Reader(model, processor, partial(format_question, processor))
         score = make_scorer(scorer["spec"], reader, partial(find_text_encoder, args.model, args.text_encoder))
-    with RunLog(
-        args.outdir / "manifest.jsonl",
-        settings,
-        [prompt.text for prompt in prompts],
-        overwrite=args.overwrite,
-        folders=variant_folders,
-        is_own=is_run_file,
-    ) as log:
-        run = PaintingRun(log, prompts)
-        run.check_batch_size(args.batch_size)
-        if args.layout:
-            check_layout(run, args.layout)
-        longest = max(
-            len(processor.tokenizer.encode(format_image_prompt(processor, prompt.text))) for prompt in prompts
-        )
-        layers_read = 1 + max(len(decoding.layers) for decoding in decodings.values())
-        size = args.batch_size or images_per_batch(
-            model, layers_read, longest, num_image_tokens(model, processor), args.window or 1
-        )
-        run.choose_batch_size(size)
-        batch, images = run.batch(0)
-        print(f"batches of {len(batch)} prompts x {images} images")
-        seconds = paint(run, model, processor, decodings, score)
-        done = len(prompts) - len(run.todo)
-        print(f"{len(run.todo)} prompts painted ({done} were done already)")
-        for name, spent in seconds.items():
-            rate = f", {len(run.todo) * run.parallel_size / spent:.2f} images/s" if run.todo else ""
-            print(f"  {name}: {run.labels[name]}{rate}")
-        if run.folders:
-            pages = run.write_contact_sheets()
-            print(f"contact sheet: {log.directory / pages[0]}" + (f" to {pages[-1]}" if len(pages) > 1 else ""))
-        if args.layout:
-            print(f"layout {args.layout}: {write_layout(run, args.layout)}")
-    print(f"images and manifest.jsonl: {log.directory}")
+    return Job(args, prompts, settings, model, processor, decodings, score)
+
+
+def paint_prompts(parser: CommandParser, args: argparse.Namespace) -> None:
+    if args.overwrite and args.shard:
+        parser.error("--overwrite would delete what other shards make: delete the directory first")
+    shared = args.shard or args.ray is not None or ((args.outdir / UNITS).is_dir() and not args.overwrite)
+    job = load_job(parser, args)
+    if shared:
+        return paint_units(job)
+    with job.open() as log:
+        put_away(log.directory)
+        job.start(log)
+        run = PaintingRun(log, job.prompts)
+        job.paint(run)
+        job.finish(run)
+
+
+# --- several processes at one run ------------------------------------------------------------------------------------
+
+
+def paint_units(job: Job) -> None:
+    """This process's share of the units, and all that follows where it finds all of them done."""
+    with open_patiently(job.open) as log:
+        if job.args.overwrite:
+            put_away(log.directory)
+        job.start(log)
+        units = PaintingRun(log, job.prompts, indices=()).units()
+    state = LogState(log.path, log.run, log.entries)
+    if job.args.ray is None:
+        index, count = job.args.shard or (0, 1)
+        paint_some(job, state, dict(list(units.items())[index::count]))
+    else:
+        paint_with_ray(job, state, units)
+    job.args.overwrite = False  # done
+    with open_patiently(job.open) as log:
+        if left := unfinished(log.directory, units, len(log.entries)):
+            print(f"{len(left)} of {len(units)} units are not done: left to other processes, or to this command again")
+            return
+        if len(log.entries) < sum(units.values()):
+            gather(log, units)
+        run = PaintingRun(log, job.prompts)
+        if run.todo:
+            job.paint(run)
+        job.finish(run)
+        put_away(log.directory)
+
+
+def paint_some(job: Job, state: LogState, units: Mapping[int, int]) -> None:
+    with ShardLog(state, units) as log:
+        per_prompt = len(job.decodings) * job.settings["parallel_size"]
+        indices = [i for s, n in units.items() for i in range(s // per_prompt, (s + n) // per_prompt)]
+        job.paint(PaintingRun(log, job.prompts, indices))
+
+
+class UnitPainter:
+    """A Ray actor: loads the model once, and paints the units that it is given."""
+
+    def __init__(self, arguments: Sequence[str], threads: int, state: LogState, units: Mapping[int, int]):
+        torch.set_num_threads(threads)
+        parser = build_parser()
+        self.job, self.state, self.units = load_job(parser, parser.parse_args(arguments)), state, units
+
+    def paint(self, start: int) -> int:
+        paint_some(self.job, self.state, {start: self.units[start]})
+        return start
+
+
+def paint_with_ray(job: Job, state: LogState, units: Mapping[int, int]) -> None:
+    """All units, by one actor for each GPU, or `--workers`; Ray restarts an actor that is lost, and its unit.
+
+    Raises ValueError for what an actor could not do.
+    """
+    try:
+        import ray
+        from ray.util import ActorPool
+    except ImportError:
+        raise ValueError("--ray needs Ray: pip install ray") from None
+    ray.init(address=job.args.ray or None, log_to_driver=False, include_dashboard=False)
+    try:
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        actor = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_restarts=-1, max_task_retries=-1)(UnitPainter)
+        threads, given = torch.get_num_threads(), ray.put((state, units))
+        arguments = [*sys.argv[1:], "--device", "cuda"] if gpus and job.args.device == "auto" else sys.argv[1:]
+        workers = job.args.workers or max(1, gpus)
+        pool = ActorPool([actor.remote(arguments, threads, *ray.get(given)) for _ in range(workers)])
+        left = unfinished(state.path.parent, units, len(state.entries))
+        with Progress(len(units), len(units) - len(left), "unit") as progress:
+            while left:
+                for _ in pool.map_unordered(lambda a, start: a.paint.remote(start), left):
+                    progress.add(1)
+                again = unfinished(state.path.parent, units, len(state.entries))
+                progress.add(-len(again))
+                if again == left:
+                    time.sleep(1)  # their locks are those of a machine that is gone, and grow stale
+                left = again
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    finally:
+        ray.shutdown()
 
 
 def find_batch(settings: Mapping[str, Any], path: Path) -> tuple[list[str], int, int]:

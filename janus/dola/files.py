@@ -310,6 +310,22 @@ class RunLog:
             os.fsync(file.fileno())
         self.entries += map(json.loads, lines)
 
+    def items(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        return enumerate(self.entries)
+
+    def get(self, position: int) -> dict[str, Any] | None:
+        return self.entries[position] if position < len(self.entries) else None
+
+    def claim(self, start: int) -> bool:
+        """Whether the unit that begins with this entry is this process's to do: the directory is."""
+        return True
+
+    def replace(self, entries: Sequence[dict[str, Any]]) -> None:
+        """Write a log of these entries, whole or not at all."""
+        lines = [json_line(entry) for entry in entries]
+        write_whole(self.path, lambda part: part.write_bytes(b"".join(line + b"\n" for line in lines)))
+        self.entries = [json.loads(line) for line in lines]
+
     def save(self) -> None:
         """Write `run` to `run.json`."""
         content = json.dumps(self.run, ensure_ascii=False, indent=1).encode() + b"\n"

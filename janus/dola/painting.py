@@ -19,6 +19,7 @@ from tqdm import tqdm
 from janus.dola.files import RunLog, is_whole_image, load_image, parse_json, read_text, write_whole
 from janus.dola.pictures import contact_sheet, frame, layer_map, save_image, tile, where_map
 from janus.dola.prompt_files import Prompt
+from janus.dola.shards import ShardLog
 
 PROMPTS_PER_PAGE = 200
 """Of the contact sheet over all prompts: a page of them is some 100 MB while it is made."""
@@ -134,30 +135,30 @@ class PaintingRun:
     """One run over a prompt list: its images, where they go, how they are batched, and what is still to do.
 
     All of it follows from the log's settings and the prompts. A position is an image's line in the manifest: prompt by
-    prompt, and for each of them variant by variant. Raises ValueError where the log holds what this run does
-    not write.
+    prompt, and for each of them variant by variant. `indices` are the prompts that are looked after here: all of
+    them, unless others work on the run too. Raises ValueError where the log holds what this run does not write.
     """
 
-    def __init__(self, log: RunLog, prompts: Sequence[Prompt]):
+    def __init__(self, log: RunLog | ShardLog, prompts: Sequence[Prompt], indices: Sequence[int] | None = None):
         self.log, self.prompts, self.settings = log, prompts, log.run["settings"]
+        self.indices = range(len(prompts)) if indices is None else indices
         self.variants: dict[str, dict[str, Any]] = self.settings["variants"]
         self.folders, self.trace = variant_folders(self.settings), self.settings["trace"]
         self.scorer, self.keep_all = self.settings["scorer"], self.settings["keep_all"]
         self.parallel_size, self.seed, self.suffix = (self.settings[k] for k in ("parallel_size", "seed", "format"))
         self.images_per_prompt = len(self.variants) * self.parallel_size
         self.labels, self.shared = describe_variants(self.variants)
-        self.best = {position for position, entry in enumerate(log.entries) if entry.get("best") is True}
-        for position, entry in enumerate(log.entries):
+        self.best = {position for position, entry in log.items() if entry.get("best") is True}
+        for position, entry in log.items():
             if position >= len(prompts) * self.images_per_prompt or not self.is_line(position, entry):
                 raise ValueError(f"{log.path}: line {position + 1} is not a line of this run")
-        for samples in self.samples(0, len(log.entries)) if self.scorer else ():
-            if len(self.best.intersection(samples)) != 1:
-                raise ValueError(
-                    f"{log.path}: line {samples.start + 1}: not one of the samples from here on is the best"
-                )
+        if self.scorer:
+            for first in sorted({position - position % self.parallel_size for position, _ in log.items()}):
+                if len(self.best.intersection(range(first, first + self.parallel_size))) != 1:
+                    raise ValueError(f"{log.path}: of the samples from line {first + 1} on not one is the best")
         for name in self.folders:
             (log.directory / name).mkdir(exist_ok=True)
-        self.todo = {index for index in range(len(prompts)) if not all(map(self.is_done, self.positions(index)))}
+        self.todo = {index for index in self.indices if not all(map(self.is_done, self.positions(index)))}
 
     def positions(self, index: int) -> range:
         return range(index * self.images_per_prompt, (index + 1) * self.images_per_prompt)
@@ -250,14 +251,24 @@ class PaintingRun:
         }
 
     def is_done(self, position: int) -> bool:
-        if position >= len(self.log.entries) or not self.is_kept(position):
-            return position < len(self.log.entries)
+        there = self.log.get(position) is not None
+        if not there or not self.is_kept(position):
+            return there
         traced = not self.trace or (self.log.directory / self.file(position, "_trace.jsonl")).is_file()
         return traced and is_whole_image(self.log.directory / self.file(position))
 
     def batch(self, start: int) -> tuple[range, int]:
         """The prompts that are decoded together from `start` on, and how many images of each at a time."""
         return cut_batch(self.log.run["batch_sizes"], self.parallel_size, len(self.prompts), start)
+
+    def units(self) -> dict[int, int]:
+        """The first position of each batch of the cut, and how many it has."""
+        starts, start = {}, 0
+        while start < len(self.prompts):
+            batch, _ = self.batch(start)
+            starts[self.positions(start).start] = len(batch) * self.images_per_prompt
+            start = batch.stop
+        return starts
 
     def halve(self, batch: range, images: int) -> None:
         """From this batch on, decode half as many images together as these."""
@@ -272,14 +283,6 @@ class PaintingRun:
         if "batch_sizes" not in self.log.run:
             self.log.run["batch_sizes"] = [[0, size]]
             self.log.save()
-
-    def check_batch_size(self, asked_for: int | None) -> None:
-        """Raises ValueError where the record's sizes are none, or begin with another than the one asked for."""
-        sizes = self.log.run.get("batch_sizes", [[0, asked_for or 1]])
-        if not is_batch_sizes(sizes):
-            raise ValueError(f"{self.log.run_file}: batch_sizes: expected [[0, images], [prompt, images], ...]")
-        if "batch_sizes" in self.log.run and asked_for not in (None, sizes[0][1]):
-            raise self.log.refusal("with other settings (batch_size)")
 
     # --- writing
 
@@ -307,8 +310,8 @@ class PaintingRun:
                 "passes": int(values["passes"]),
                 "tokens_per_pass": round(tokens.shape[2] / int(values["passes"]), 2),
             }
-            if position < len(self.log.entries):  # another machine may take others to the same tokens
-                passes = {key: self.log.entries[position][key] for key in passes}
+            if (old := self.log.get(position)) is not None:  # another machine may take others to the same tokens
+                passes = {key: old[key] for key in passes}
             line = self.line(position) | {"tokens_sha256": tokens_sha256} | passes | summarise(values, layers)
             if self.scorer:
                 line |= {"score": scores[position - first], "best": position in self.best}
@@ -395,6 +398,15 @@ def cut_batch(sizes: Sequence[Sequence[int]], parallel_size: int, num_prompts: i
     size = [size for first, size in sizes if first <= start][-1]
     ends = [first for first, _ in sizes if first > start]
     return range(start, min([start + max(1, size // parallel_size), num_prompts, *ends])), min(size, parallel_size)
+
+
+def check_batch_size(log: RunLog, asked_for: int | None) -> None:
+    """Raises ValueError where the run's sizes are none, or begin with another than the one asked for."""
+    sizes = log.run.get("batch_sizes", [[0, asked_for or 1]])
+    if not is_batch_sizes(sizes):
+        raise ValueError(f"{log.run_file}: batch_sizes: expected [[0, images], [prompt, images], ...]")
+    if "batch_sizes" in log.run and asked_for not in (None, sizes[0][1]):
+        raise log.refusal("with other settings (batch_size)")
 
 
 def is_batch_sizes(sizes: Any) -> bool:

@@ -1,0 +1,213 @@
+"""One run by many processes: units of work that anyone may take, and lose, and take again, to the same bytes.
+
+A unit is a batch of the run's fixed cut. What it adds to the log is a file of its own in `units/`, put there whole: a
+unit is done where its file is. Whoever finds all of them done puts them together as the log, and `units/` away.
+"""
+
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from janus.dola.files import RunLog, json_line, parse_json, read_bytes, write_whole
+
+UNITS = "units"
+BEAT, STALE = 10.0, 60.0
+"""Seconds between signs of life on the lock of a unit that is being worked on, and without one until it is free."""
+
+
+def parse_shard(text: str, environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """`I/N`, or `auto`: torchrun's RANK and WORLD_SIZE, else a Slurm array's task and count. Raises ValueError."""
+    if text == "auto":
+        first = environment.get("SLURM_ARRAY_TASK_MIN", "0")
+        for index, count, start in (
+            ("RANK", "WORLD_SIZE", "0"),
+            ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", first),
+        ):
+            if index in environment and count in environment:
+                text = f"{int(environment[index]) - int(start)}/{environment[count]}"
+                break
+        else:
+            raise ValueError("auto: found neither RANK and WORLD_SIZE nor SLURM_ARRAY_TASK_ID and _COUNT")
+    index, slash, count = text.partition("/")
+    if not slash or not index.isdecimal() or not count.isdecimal() or not int(index) < int(count):
+        raise ValueError(f"expected I/N with I from 0 to N-1, or auto, got {text!r}")
+    return int(index), int(count)
+
+
+class LogState(NamedTuple):
+    """What a `RunLog` held when it was closed."""
+
+    path: Path
+    run: dict[str, Any]
+    entries: Sequence[dict[str, Any]]
+
+
+class ShardLog:
+    """What `RunLog` is to one process, to each of several: `run`, the entries that are there, and how to add more.
+
+    It knows the entries of the log itself and those of the units that are looked after here. `units` gives the first
+    entry of each unit and how many it has. Raises ValueError for a file of a unit that is not whole lines of JSON.
+    """
+
+    def __init__(self, state: LogState, units: Mapping[int, int]):
+        self.path, self.run, entries = state
+        self.directory, self.folder = self.path.parent, self.path.parent / UNITS
+        self.folder.mkdir(exist_ok=True)
+        self.entries: dict[int, dict[str, Any]] = {}
+        for start, count in units.items():
+            self.entries |= dict(enumerate(entries[start : start + count], start=start))
+            if self.file(start).exists():
+                self.entries |= dict(enumerate(read_unit(self.file(start)), start=start))
+        self._held: set[Path] = set()
+        self._stop = threading.Event()
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def __enter__(self) -> "ShardLog":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop.set()
+        for lock in list(self._held):
+            lock.unlink(missing_ok=True)
+
+    def file(self, start: int) -> Path:
+        return self.folder / f"{start:08d}.jsonl"
+
+    def lock(self, start: int) -> Path:
+        return self.folder / f"{start:08d}.lock"
+
+    # --- as a log
+
+    def items(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        return iter(self.entries.items())
+
+    def get(self, position: int) -> dict[str, Any] | None:
+        return self.entries.get(position)
+
+    def check(self, position: int, entries: Sequence[dict[str, Any]]) -> None:
+        """Raises ValueError where another entry is there already."""
+        for i, entry in enumerate(entries, start=position):
+            if i in self.entries and json_line(self.entries[i]) != json_line(entry):
+                raise ValueError(f"{self.path}: entry {i + 1} comes out otherwise than when it was written")
+
+    def add(self, position: int, entries: Sequence[dict[str, Any]]) -> None:
+        """Write a unit's entries, which makes it done, and give it free."""
+        self.check(position, entries)
+        lines = [json_line(entry) for entry in entries]
+        write_whole(self.file(position), lambda part: part.write_bytes(b"".join(line + b"\n" for line in lines)))
+        self.entries |= dict(enumerate(map(json.loads, lines), start=position))
+        self.lock(position).unlink(missing_ok=True)
+        self._held.discard(self.lock(position))
+
+    def save(self) -> None:
+        raise ValueError("out of memory: shards keep one cut; paint anew with a smaller --batch_size")
+
+    # --- who works on what
+
+    def claim(self, start: int) -> bool:
+        """Whether a unit is this process's to do: nobody who is alive works on it, and nobody has done it meanwhile."""
+        lock = self.lock(start)
+        for _ in range(2):
+            try:
+                descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+            except FileExistsError:
+                if not self.is_stale(lock):
+                    return False
+                lock.unlink(missing_ok=True)
+                continue
+            with os.fdopen(descriptor, "w") as file:
+                json.dump({"host": socket.gethostname(), "pid": os.getpid()}, file)
+            self._held.add(lock)
+            if start not in self.entries and self.file(start).exists():
+                self._held.discard(lock)
+                lock.unlink(missing_ok=True)
+                return False
+            return True
+        return False
+
+    def is_stale(self, lock: Path) -> bool:
+        """Whether a lock's process is dead, or has given no sign of life. Two at one unit do no harm, only work."""
+        try:
+            holder = json.loads(lock.read_text() or "{}")
+            silent = self._now() - lock.stat().st_mtime
+        except FileNotFoundError:
+            return True
+        except ValueError:
+            return False  # half written
+        here = isinstance(holder, dict) and holder.get("host") == socket.gethostname()
+        return silent > STALE or (here and isinstance(holder.get("pid"), int) and not is_alive(holder["pid"]))
+
+    def _now(self) -> float:
+        """The time by the clock of the file system, which may be another machine's."""
+        probe = self.folder / f"{socket.gethostname()}-{os.getpid()}.clock"
+        probe.touch()
+        now = probe.stat().st_mtime
+        probe.unlink(missing_ok=True)
+        return now
+
+    def _beat(self) -> None:
+        while not self._stop.wait(BEAT):
+            for lock in list(self._held):
+                try:
+                    os.utime(lock)
+                except FileNotFoundError:
+                    self._held.discard(lock)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
+def read_unit(path: Path) -> list[dict[str, Any]]:
+    lines = read_bytes(path).decode(errors="replace").splitlines()
+    entries = [parse_json(line, f"{path}: line {number}") for number, line in enumerate(lines, start=1)]
+    if not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{path}: not a unit of this run")
+    return entries
+
+
+# --- before and after the units --------------------------------------------------------------------------------------
+
+
+def open_patiently(open_log, wait: float = 60.0):
+    """`open_log()`, again where another process has the directory locked for the moment that this takes."""
+    until = time.monotonic() + wait
+    while True:
+        try:
+            return open_log()
+        except ValueError as error:
+            if "is being written by" not in str(error) or time.monotonic() > until:
+                raise
+        time.sleep(0.1)
+
+
+def unfinished(directory: Path, units: Mapping[int, int], entries: int) -> list[int]:
+    """The first entries of the units that are not done, where the log itself has so many entries."""
+    there = {path.name for path in (directory / UNITS).glob("*.jsonl")}
+    return [s for s, count in units.items() if s + count > entries and f"{s:08d}.jsonl" not in there]
+
+
+def gather(log: RunLog, units: Mapping[int, int]) -> None:
+    """All units, done, as the entries of the log, which is written whole."""
+    done = len(log.entries)
+    entries = [
+        entry for start in units if start >= done for entry in read_unit(log.directory / UNITS / f"{start:08d}.jsonl")
+    ]
+    log.replace([*log.entries, *entries])
+
+
+def put_away(directory: Path) -> None:
+    """Remove what is left of the units of a run that is in its log."""
+    shutil.rmtree(directory / UNITS, ignore_errors=True)
