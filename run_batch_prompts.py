@@ -77,6 +77,7 @@ from janus.dola.shards import (
     open_patiently,
     parse_shard,
     put_away,
+    share,
     unfinished,
 )
 from janus.dola.switches import DoLaSwitches
@@ -258,13 +259,6 @@ COMPARE = (
 )
 
 
-def shard(text: str) -> tuple[int, int]:
-    try:
-        return parse_shard(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
 SCORERS = (
     "what is best: caption (the prompt as Janus's answer to what it sees), vqa (Janus's yes to whether it is shown), "
     "tower (its SigLIP's cosine), each also with DoLa in its reading as caption,layer=6, or module:function"
@@ -317,7 +311,10 @@ def build_parser() -> CommandParser:
     group = parser.add_argument_group("several processes at one run, to the same bytes")
     share = group.add_mutually_exclusive_group().add_argument
     share(
-        "--shard", type=shard, metavar="I/N", help="do units I, I+N, ...; auto: torchrun's or a Slurm array's numbers"
+        "--shard",
+        type=parse_shard,
+        metavar="I/N",
+        help="do units I, I+N, ...; auto: torchrun's or a Slurm array's numbers",
     )
     share(
         "--ray", nargs="?", const="", metavar="ADDRESS", help="let Ray share the units out (default: a local cluster)"
@@ -499,8 +496,7 @@ def paint_units(job: Job) -> None:
         units = PaintingRun(log, job.prompts, indices=()).units()
     state = LogState(log.path, log.run, log.entries)
     if job.args.ray is None:
-        index, count = job.args.shard or (0, 1)
-        paint_some(job, state, dict(list(units.items())[index::count]))
+        paint_some(job, state, share(units, job.args.shard))
     else:
         paint_with_ray(job, state, units)
     job.args.overwrite = False  # done

@@ -13,7 +13,7 @@ from PIL import Image
 
 from janus.dola.cli import CommandParser, run_command
 from janus.dola.files import load_image, write_whole
-from janus.dola.painted import open_painted
+from janus.dola.painted import read_painted
 from janus.dola.painting import PaintingRun, describe_decoding
 from janus.dola.prompt_files import Prompt
 
@@ -168,8 +168,7 @@ def build_parser() -> CommandParser:
 
 def main() -> None:
     args = build_parser().parse_args()
-    with open_painted(args.directory) as run:
-        print(f"{args.layout}: {write_layout(run, args.layout)}")
+    print(f"{args.layout}: {write_layout(read_painted(args.directory), args.layout)}")
 
 
 if __name__ == "__main__":

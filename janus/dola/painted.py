@@ -1,7 +1,5 @@
 """A finished painting run, read back from its directory, whoever wrote that."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +7,7 @@ from janus.dola.files import RunLog, read_json_file
 from janus.dola.painting import PaintingRun, is_run_file, variant_folders
 from janus.dola.prompt_files import Prompt
 from janus.dola.schema import REQUIRED, Nullable, complete, flag, mismatch, number, one_of, several, text, whole
+from janus.dola.shards import open_patiently
 
 LARGEST = 1_000_000
 SETTINGS = {
@@ -31,9 +30,8 @@ DECODING = {
 """What run.json says of a run, and of each of its variants."""
 
 
-@contextmanager
-def open_painted(directory: Path) -> Iterator[PaintingRun]:
-    """The run of a directory, which is locked meanwhile.
+def read_painted(directory: Path) -> PaintingRun:
+    """The run of a directory, which is locked while it is read.
 
     Raises ValueError where there is none, where somebody changed it, and where prompts are still to be painted.
     """
@@ -53,11 +51,17 @@ def open_painted(directory: Path) -> Iterator[PaintingRun]:
             raise mismatch("inputs", "a list of prompts", prompts)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    with RunLog(directory / "manifest.jsonl", settings, prompts, folders=variant_folders, is_own=is_run_file) as log:
-        per_prompt = len(variants) * settings["parallel_size"]
-        fields = [entry.get("fields", {}) for entry in log.entries[::per_prompt]]
-        fields += [{}] * (len(prompts) - len(fields))
-        painted = PaintingRun(log, [Prompt(*pair) for pair in zip(prompts, fields, strict=True)])
-        if painted.todo:
-            raise ValueError(f"{directory}: {len(painted.todo)} of {len(prompts)} prompts are not painted yet")
-        yield painted
+
+    def read() -> PaintingRun:
+        with RunLog(
+            directory / "manifest.jsonl", settings, prompts, folders=variant_folders, is_own=is_run_file
+        ) as log:
+            per_prompt = len(variants) * settings["parallel_size"]
+            fields = [entry.get("fields", {}) for entry in log.entries[::per_prompt]]
+            fields += [{}] * (len(prompts) - len(fields))
+            return PaintingRun(log, [Prompt(*pair) for pair in zip(prompts, fields, strict=True)])
+
+    painted = open_patiently(read)
+    if painted.todo:
+        raise ValueError(f"{directory}: {len(painted.todo)} of {len(prompts)} prompts are not painted yet")
+    return painted

@@ -10,33 +10,33 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from janus.dola.files import RunLog, json_line, parse_json, read_bytes, write_whole
+
+T = TypeVar("T")
 
 UNITS = "units"
 BEAT, STALE = 10.0, 60.0
 """Seconds between signs of life on the lock of a unit that is being worked on, and without one until it is free."""
 
 
-def parse_shard(text: str, environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """`I/N`, or `auto`: torchrun's RANK and WORLD_SIZE, else a Slurm array's task and count. Raises ValueError."""
+def parse_shard(text: str) -> tuple[int, int]:
+    """`I/N`, or `auto`: torchrun's RANK and WORLD_SIZE, else a Slurm array's task and count; for a command's flag."""
     if text == "auto":
-        first = environment.get("SLURM_ARRAY_TASK_MIN", "0")
-        for index, count, start in (
-            ("RANK", "WORLD_SIZE", "0"),
-            ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", first),
-        ):
-            if index in environment and count in environment:
-                text = f"{int(environment[index]) - int(start)}/{environment[count]}"
-                break
-        else:
-            raise ValueError("auto: found neither RANK and WORLD_SIZE nor SLURM_ARRAY_TASK_ID and _COUNT")
-    index, slash, count = text.partition("/")
-    if not slash or not index.isdecimal() or not count.isdecimal() or not int(index) < int(count):
-        raise ValueError(f"expected I/N with I from 0 to N-1, or auto, got {text!r}")
+        first = os.environ.get("SLURM_ARRAY_TASK_MIN", "0")
+        sources = (("RANK", "WORLD_SIZE", "0"), ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", first))
+        given = next(((i, n, start) for i, n, start in sources if {i, n} <= os.environ.keys()), None)
+        if given is None:
+            raise ArgumentTypeError("auto: neither RANK and WORLD_SIZE nor SLURM_ARRAY_TASK_ID and _COUNT are set")
+        index, count, start = given
+        text = f"{int(os.environ[index]) - int(start)}/{os.environ[count]}"
+    index, _, count = text.partition("/")
+    if not index.isdecimal() or not count.isdecimal() or not int(index) < int(count):
+        raise ArgumentTypeError(f"expected I/N with I from 0 to N-1, or auto, got {text!r}")
     return int(index), int(count)
 
 
@@ -181,7 +181,7 @@ def read_unit(path: Path) -> list[dict[str, Any]]:
 # --- before and after the units --------------------------------------------------------------------------------------
 
 
-def open_patiently(open_log, wait: float = 60.0):
+def open_patiently(open_log: Callable[[], T], wait: float = 600.0) -> T:
     """`open_log()`, again where another process has the directory locked for the moment that this takes."""
     until = time.monotonic() + wait
     while True:
@@ -191,6 +191,12 @@ def open_patiently(open_log, wait: float = 60.0):
             if "is being written by" not in str(error) or time.monotonic() > until:
                 raise
         time.sleep(0.1)
+
+
+def share(units: Mapping[int, int], shard: tuple[int, int] | None) -> dict[int, int]:
+    """The units of a shard (I, N): I, I + N, and so on; all of them without."""
+    index, count = shard or (0, 1)
+    return dict(list(units.items())[index::count])
 
 
 def unfinished(directory: Path, units: Mapping[int, int], entries: int) -> list[int]:

@@ -11,7 +11,7 @@ if __name__ == "__main__":
 import argparse
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,11 +27,14 @@ from janus.dola.compare.results import read_results
 from janus.dola.compare.summary import compare, judge_choices
 from janus.dola.files import RunLog, load_image, read_bytes, write_whole
 from janus.dola.loading import load_pretrained_model
-from janus.dola.painted import open_painted
+from janus.dola.painted import read_painted
 from janus.dola.painting import PaintingRun
 from janus.dola.scorers import Reader, Scorer, make_scorer, needs_model
+from janus.dola.shards import LogState, ShardLog, gather, open_patiently, parse_shard, put_away, share, unfinished
 from janus.dola.text_encoder import find_text_encoder
 
+UNIT = 16
+"""Prompts that are scored, and put into the log, at a time."""
 OWN_FILES = ("compare.json", "compare.md", "compare.png", "extremes.png")
 
 
@@ -59,27 +62,41 @@ def build_parser() -> CommandParser:
     add("--referee", metavar="SPEC", help="a scorer that judges the others' choices of the best image (default: none)")
     add("--by", metavar="COLUMN", help="split the prompts by this column of their file too (default: no)")
     add("--text_encoder", help="SiglipModel of the scorer tower: directory or hub id (default: siglip/ in the model)")
+    help_shard = "score every Nth unit of prompts from I on; auto: torchrun's or a Slurm array's numbers (default: all)"
+    add("--shard", type=parse_shard, metavar="I/N", help=help_shard)
     add_model_arguments(parser)
     parser.set_defaults(model=None)
     return parser
 
 
-def score_prompts(run: PaintingRun, scorers: dict[str, Scorer], log: RunLog) -> dict[str, np.ndarray]:
-    """Scorer -> `[prompts, variants, images]`, NaN for images that were not kept; prompts of the log are not scored."""
-    shape = len(run.prompts), len(run.variants), run.parallel_size
-    scores = {spec: np.full(shape, np.nan) for spec in scorers}
-    for index in tqdm(range(len(run.prompts)), unit="prompt"):
-        kept = [position for position in run.positions(index) if run.is_kept(position)]
-        if index == len(log.entries):
-            images = [load_image(run.log.directory / run.file(position)) for position in kept]
-            prompts = [run.prompts[index].text] * len(images)
-            log.add(
-                index, [{"index": index, "scores": {spec: score(images, prompts) for spec, score in scorers.items()}}]
-            )
-        entry = log.entries[index]
+def score_units(
+    run: PaintingRun, scorers: Mapping[str, Scorer], log: RunLog | ShardLog, units: Mapping[int, int]
+) -> None:
+    """Score the prompts that the log lacks, unit by unit."""
+    with tqdm(total=sum(units.values()), unit="prompt") as bar:
+        for start, count in units.items():
+            indices = range(start, start + count)
+            if any(log.get(index) is None for index in indices) and log.claim(start):
+                log.add(start, [{"index": index, "scores": score_prompt(run, index, scorers)} for index in indices])
+            bar.update(count)
+
+
+def score_prompt(run: PaintingRun, index: int, scorers: Mapping[str, Scorer]) -> dict[str, list[float]]:
+    """Scorer -> the scores of a prompt's images that were kept, in the order of the manifest."""
+    files = [run.file(position) for position in run.positions(index) if run.is_kept(position)]
+    images = [load_image(run.log.directory / file) for file in files]
+    return {spec: list(score(images, [run.prompts[index].text] * len(images))) for spec, score in scorers.items()}
+
+
+def read_scores(run: PaintingRun, specs: Sequence[str], log: RunLog) -> dict[str, np.ndarray]:
+    """Scorer -> `[prompts, variants, images]`, NaN for images that were not kept. Raises ValueError for another log."""
+    scores = {spec: np.full((len(run.prompts), len(run.variants), run.parallel_size), np.nan) for spec in specs}
+    for index, entry in enumerate(log.entries):
+        first = run.positions(index).start
+        kept = [position - first for position in run.positions(index) if run.is_kept(position)]
         try:
             for spec, of in scores.items():
-                of[index].flat[[p - run.positions(index).start for p in kept]] = np.array(entry["scores"][spec], float)
+                of[index].flat[kept] = np.array(entry["scores"][spec], float)
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"{log.path}: line {index + 1} is not what this comparison scores") from None
     return scores
@@ -112,50 +129,75 @@ def main() -> None:
         needs_model(spec)
     if find_spec("matplotlib") is None:  # the original code does not ask for it
         raise ValueError("the comparison draws its plot with matplotlib: pip install matplotlib")
-    with open_painted(args.directory) as run:
-        if unknown := [name for name, _ in args.results if name not in run.variants]:
-            raise ValueError(f"--results: no variant {unknown[0]!r} in {args.directory} ({', '.join(run.variants)})")
-        if args.referee and (run.parallel_size == 1 or not run.keep_all):
-            raise ValueError("--referee: needs several images of each prompt, all kept (--keep_all)")
-        columns = None
-        if args.by:
-            columns = [str(prompt.fields.get(args.by, "")) for prompt in run.prompts]
-            if not any(args.by in prompt.fields for prompt in run.prompts):
-                raise ValueError(f"--by: no prompt of {args.directory} has a column {args.by!r}")
-        texts = [prompt.text for prompt in run.prompts]
-        results = np.full((len(texts), len(run.variants), run.parallel_size), np.nan)
-        for name, path in args.results:
-            results[:, list(run.variants).index(name)] = read_results(path, texts, run.parallel_size)
-        scorers, settings = load_scorers(specs, args, run)
-        settings |= {"manifest_sha256": hashlib.sha256(read_bytes(run.log.path)).hexdigest(), "scorers": specs}
-        with RunLog(
-            (args.outdir or args.directory / "compare") / "scores.jsonl",
-            settings,
-            texts,
-            overwrite=args.overwrite,
-            is_own=lambda settings, inputs, name: name in OWN_FILES,
-        ) as log:
-            scores = score_prompts(run, scorers, log)
-            if args.results:
-                scores["results"] = results
-            means = {spec: mean_of_images(of) for spec, of in scores.items()}
-            found: dict[str, Any] = {
-                "variants": run.variants,
-                "images": run.parallel_size,
-                "by": args.by,
-                "scorers": {spec: compare(run.variants, of, columns) for spec, of in means.items()},
-            }
-            if args.referee:
-                scored = {spec: of for spec, of in scores.items() if spec in specs}
-                found |= {"referee": args.referee, "choices": judge_choices(run.variants, scored, args.referee)}
-            shown = extremes(run, next(iter(means.values())), log.directory / "extremes.png")
-            text = tables(found, run.labels)
-            print(text)
-            write_whole(log.directory / "compare.md", lambda path: path.write_text(text, encoding="utf-8"))
-            content = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
-            write_whole(log.directory / "compare.json", lambda path: path.write_text(content, encoding="utf-8"))
-            plot(found, run.labels, log.directory / "compare.png")
-            print(f"compare.md, compare.json, compare.png{', extremes.png' if shown else ''}: {log.directory}")
+    run = read_painted(args.directory)
+    if unknown := [name for name, _ in args.results if name not in run.variants]:
+        raise ValueError(f"--results: no variant {unknown[0]!r} in {args.directory} ({', '.join(run.variants)})")
+    if args.referee and (run.parallel_size == 1 or not run.keep_all):
+        raise ValueError("--referee: needs several images of each prompt, all kept (--keep_all)")
+    if args.by and not any(args.by in prompt.fields for prompt in run.prompts):
+        raise ValueError(f"--by: no prompt of {args.directory} has a column {args.by!r}")
+    results = read_all_results(args.results, run)
+    scorers, settings = load_scorers(specs, args, run)
+    settings |= {"manifest_sha256": hashlib.sha256(read_bytes(run.log.path)).hexdigest(), "scorers": specs}
+    open_log = partial(
+        RunLog,
+        (args.outdir or args.directory / "compare") / "scores.jsonl",
+        settings,
+        [prompt.text for prompt in run.prompts],
+        is_own=lambda settings, inputs, name: name in OWN_FILES,
+    )
+    units = {start: min(UNIT, len(run.prompts) - start) for start in range(0, len(run.prompts), UNIT)}
+    with open_patiently(partial(open_log, overwrite=args.overwrite)) as log:
+        state = LogState(log.path, log.run, log.entries)
+        if args.shard is None:
+            score_units(run, scorers, log, units)
+    if args.shard is not None:
+        with ShardLog(state, mine := share(units, args.shard)) as shard_log:
+            score_units(run, scorers, shard_log, mine)
+    with open_patiently(open_log) as log:
+        if left := unfinished(log.directory, units, len(log.entries)):
+            print(
+                f"{len(left)} of {len(units)} units are not scored: left to other processes, or to this command again"
+            )
+            return
+        if len(log.entries) < len(run.prompts):
+            gather(log, units)
+        report(args, run, read_scores(run, specs, log) | results, log.directory)
+        put_away(log.directory)
+
+
+def read_all_results(given: Sequence[tuple[str, Path]], run: PaintingRun) -> dict[str, np.ndarray]:
+    """The results of benchmarks as one more scorer, where there are any."""
+    if not given:
+        return {}
+    scores = np.full((len(run.prompts), len(run.variants), run.parallel_size), np.nan)
+    texts = [prompt.text for prompt in run.prompts]
+    for name, path in given:
+        scores[:, list(run.variants).index(name)] = read_results(path, texts, run.parallel_size)
+    return {"results": scores}
+
+
+def report(args: argparse.Namespace, run: PaintingRun, scores: dict[str, np.ndarray], outdir: Path) -> None:
+    """Tables on the terminal and in files, the plot, the sheet of extremes, the JSON."""
+    columns = [str(prompt.fields.get(args.by, "")) for prompt in run.prompts] if args.by else None
+    means = {spec: mean_of_images(of) for spec, of in scores.items()}
+    found: dict[str, Any] = {
+        "variants": run.variants,
+        "images": run.parallel_size,
+        "by": args.by,
+        "scorers": {spec: compare(run.variants, of, columns) for spec, of in means.items()},
+    }
+    if args.referee:
+        scored = {spec: of for spec, of in scores.items() if spec != "results"}
+        found |= {"referee": args.referee, "choices": judge_choices(run.variants, scored, args.referee)}
+    shown = extremes(run, next(iter(means.values())), outdir / "extremes.png")
+    text = tables(found, run.labels)
+    print(text)
+    write_whole(outdir / "compare.md", lambda path: path.write_text(text, encoding="utf-8"))
+    content = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+    write_whole(outdir / "compare.json", lambda path: path.write_text(content, encoding="utf-8"))
+    plot(found, run.labels, outdir / "compare.png")
+    print(f"compare.md, compare.json, compare.png{', extremes.png' if shown else ''}: {outdir}")
 
 
 if __name__ == "__main__":
