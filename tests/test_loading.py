@@ -30,7 +30,11 @@ def test_mps_is_taken_where_torch_has_it(monkeypatch):
 @pytest.mark.parametrize(("there", "expected"), [(True, "cuda"), (False, "cpu")])
 def test_auto_is_cuda_where_there_is_one(monkeypatch, there, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4 * there)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert resolve_device("auto") == torch.device(expected)
+    monkeypatch.setenv("LOCAL_RANK", "3")  # of torchrun
+    assert resolve_device("auto") == torch.device(expected, 3 if there else None)
 
 
 def test_a_numbered_cuda_device_becomes_the_current_one(monkeypatch):

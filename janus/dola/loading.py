@@ -16,9 +16,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """ "auto" is CUDA where there is one, else the CPU. Raises ValueError for a device that is unknown or absent."""
+    """ "auto" is CUDA where there is one, under torchrun (LOCAL_RANK) the process's own, else the CPU.
+
+    Raises ValueError for a device that is unknown or absent.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        cuda = f"cuda:{rank}" if (rank := os.environ.get("LOCAL_RANK")) else "cuda"
+        name = cuda if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
