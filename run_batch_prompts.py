@@ -540,6 +540,7 @@ def paint_with_ray(job: Job, state: LogState, units: Mapping[int, int]) -> None:
     """
     try:
         import ray
+        from ray.exceptions import RayTaskError
         from ray.util import ActorPool
     except ImportError:
         raise ValueError("--ray needs Ray: pip install ray") from None
@@ -561,7 +562,7 @@ def paint_with_ray(job: Job, state: LogState, units: Mapping[int, int]) -> None:
                 if again == left:
                     time.sleep(1)  # their locks are those of a machine that is gone, and grow stale
                 left = again
-    except ray.exceptions.RayTaskError as error:
+    except RayTaskError as error:
         raise error.cause from None
     finally:
         ray.shutdown()

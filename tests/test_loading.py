@@ -34,7 +34,7 @@ def test_auto_is_cuda_where_there_is_one(monkeypatch, there, expected):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert resolve_device("auto") == torch.device(expected)
     monkeypatch.setenv("LOCAL_RANK", "3")  # of torchrun
-    assert resolve_device("auto") == torch.device(expected, 3 if there else None)
+    assert resolve_device("auto") == torch.device("cuda:3" if there else "cpu")
 
 
 def test_a_numbered_cuda_device_becomes_the_current_one(monkeypatch):

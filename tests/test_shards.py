@@ -238,7 +238,8 @@ def test_the_lock_of_a_dead_process_is_taken_and_that_of_a_silent_machine_after_
     assert log.claim(0)
     log.lock(2).write_text(json.dumps({"host": "elsewhere", "pid": dead.pid}))
     assert not log.claim(2)
-    os.utime(log.lock(2), (time.time() - shards.STALE - 5,) * 2)
+    silent_since = time.time() - shards.STALE - 5
+    os.utime(log.lock(2), (silent_since, silent_since))
     assert log.claim(2)
     assert json.loads(log.lock(2).read_text())["host"] == socket.gethostname()
 
