@@ -412,15 +412,17 @@ class Job(NamedTuple):
         check_batch_size(log, self.args.batch_size)
         if self.args.layout:
             check_layout(run, self.args.layout)
+        if "batch_sizes" not in log.run:
+            run.choose_batch_size(self.args.batch_size or self.fitting_batch_size())
+        batch, images = run.batch(0)
+        print(f"batches of {len(batch)} prompts x {images} images")
+
+    def fitting_batch_size(self) -> int:
         encode = self.processor.tokenizer.encode
         longest = max(len(encode(format_image_prompt(self.processor, prompt.text))) for prompt in self.prompts)
         layers_read = 1 + max(len(decoding.layers) for decoding in self.decodings.values())
-        size = self.args.batch_size or images_per_batch(
-            self.model, layers_read, longest, num_image_tokens(self.model, self.processor), self.args.window or 1
-        )
-        run.choose_batch_size(size)
-        batch, images = run.batch(0)
-        print(f"batches of {len(batch)} prompts x {images} images")
+        num_tokens = num_image_tokens(self.model, self.processor)
+        return images_per_batch(self.model, layers_read, longest, num_tokens, self.args.window or 1)
 
     def paint(self, run: PaintingRun) -> None:
         seconds = paint(run, self.model, self.processor, self.decodings, self.scorer)

@@ -58,11 +58,11 @@ def test_an_installed_command_paints_the_example_prompts_in_an_empty_directory(i
 
 def test_every_installed_command_is_there_and_says_what_it_lacks_in_one_line(installed, tmp_path, monkeypatch):
     entry_points = next(installed.glob("*.dist-info")) / "entry_points.txt"
-    commands = ["janus-paint", "janus-ask", "janus-rerank", "janus-layer-search"]
-    assert entry_points.read_text().split("\n")[1:5] == [
+    commands = ["janus-paint", "janus-ask", "janus-rerank", "janus-layer-search", "janus-compare", "janus-layout"]
+    assert entry_points.read_text().split("\n")[1:7] == [
         f"{name} = janus.dola.console:main" for name in sorted(commands)
     ]
     monkeypatch.setenv("PYTHONPATH", str(installed))
     done = subprocess.run([sys.executable, "-c", RUN_EACH, *commands], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout.split() == ["2"] * 4
-    assert done.stderr.count("\n") == done.stderr.count("error: ") == 4, done.stderr
+    assert done.stdout.split() == ["2"] * len(commands)
+    assert done.stderr.count("\n") == done.stderr.count("error: ") == len(commands), done.stderr

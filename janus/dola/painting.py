@@ -48,7 +48,7 @@ def image_hash(codes: np.ndarray) -> str:
     return hashlib.sha256(codes.tobytes()).hexdigest()
 
 
-@functools.lru_cache
+@functools.lru_cache(maxsize=2**17)
 def file_stem(index: int, prompt: str) -> str:
     return f"{index:04d}_{file_stub(prompt)}"
 
