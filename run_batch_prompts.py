@@ -309,16 +309,11 @@ def build_parser() -> CommandParser:
     add("--keep_all", action="store_true", help="keep the others too, the best one marked (default: the best alone)")
     add("--text_encoder", help="SiglipModel of the scorer tower: directory or hub id (default: siglip/ in --model)")
     group = parser.add_argument_group("several processes at one run, to the same bytes")
-    share = group.add_mutually_exclusive_group().add_argument
-    share(
-        "--shard",
-        type=parse_shard,
-        metavar="I/N",
-        help="do units I, I+N, ...; auto: torchrun's or a Slurm array's numbers",
-    )
-    share(
-        "--ray", nargs="?", const="", metavar="ADDRESS", help="let Ray share the units out (default: a local cluster)"
-    )
+    either = group.add_mutually_exclusive_group().add_argument
+    help_shard = "every Nth unit from I on; auto: torchrun's or a Slurm array's numbers (default: all)"
+    either("--shard", type=parse_shard, metavar="I/N", help=help_shard)
+    help_ray = "let Ray share the units out, on this cluster (default: no; without ADDRESS: a local one)"
+    either("--ray", nargs="?", const="", metavar="ADDRESS", help=help_ray)
     group.add_argument("--workers", type=positive, help="actors of --ray (default: one for each GPU, else one)")
     add = parser.add_argument_group("speed").add_argument
     add("--batch_size", type=positive, help="images decoded together (default: by the free memory)")
