@@ -14,6 +14,8 @@ from PIL.PngImagePlugin import PngInfo
 from janus.dola.files import load_image, parse_json, write_whole
 
 MARGIN, GAP = 8, 4
+LEAST_FOR_TITLES = 480
+"""Pixels that a sheet of few images grows to, so that its title can be read."""
 MAP_SIDE = 224
 """Least side of a map in pixels; a cell of it has at least 14, so that a layer's number can be read in it."""
 
@@ -101,7 +103,9 @@ def contact_sheet(
     widths = [sum(image.width + GAP for image in images) for images in scaled.values()]
     heights = [max(image.height for image in images) + GAP for images in scaled.values()]
     lines = [(title, 13), (subtitle, 11)]
-    sheet = Image.new("RGB", (labels + max(widths), 44 + sum(heights)), "white")
+    longest = max(math.ceil(font(size).getlength(text)) for text, size in lines)
+    width = max(labels + max(widths), min(2 * MARGIN + longest, LEAST_FOR_TITLES))
+    sheet = Image.new("RGB", (width, 44 + sum(heights)), "white")
     pen, top = ImageDraw.Draw(sheet), 5
     for text, size in lines:
         pen.text((MARGIN, top), shorten(text, sheet.width - 2 * MARGIN, size), fill="black", font=font(size))
