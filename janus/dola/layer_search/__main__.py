@@ -156,9 +156,10 @@ def paint_survivors(
     painted = {"variants": variants, "scorer": args.scorer, "samples": args.samples}
     with RunLog(args.outdir / "painted" / "scores.jsonl", settings | painted, texts, overwrite=args.overwrite) as log:
         scores = score_painted(texts, variants, paint, scorer, args.batch_size, log)
-    measured, decisions = f"{len(texts)} prompts painted, scored by {args.scorer}", {}
+    decisions = {}
     for name in (None, *summary.get("domains", {})):
         among = [i for i, text in enumerate(texts) if name in (None, domain_of[text])]
+        measured = f"{len(among)} prompts painted, scored by {args.scorer}"
         decisions[name] = decide(judge(variants, scores[among]), measured, score_points)
     return decisions
 
