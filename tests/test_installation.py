@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from janus.dola import __version__
+
 ROOT = Path(__file__).parents[1]
 RUN = "import sys; from janus.dola.console import main; sys.argv = sys.argv[1:]; main()"
 
@@ -45,6 +47,12 @@ def test_a_wheel_holds_the_whole_package_and_no_module_of_a_name_that_others_hav
     ours = {path.relative_to(ROOT) for path in ROOT.glob("janus/**/*") if path.is_file()}
     wanted = {path for path in ours if "__pycache__" not in path.parts}
     assert wanted <= {path.relative_to(installed) for path in installed.glob("janus/**/*")}
+
+
+def test_the_version_stands_in_one_place_and_the_citation_follows(installed):
+    (metadata,) = installed.glob("*.dist-info/METADATA")
+    assert f"\nVersion: {__version__}\n" in metadata.read_text(encoding="utf-8")
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
 def test_an_installed_command_paints_the_example_prompts_in_an_empty_directory(installed, tmp_path, monkeypatch):
