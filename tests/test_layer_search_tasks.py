@@ -3,6 +3,7 @@
 import csv
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 
 import numpy as np
@@ -12,6 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import normalize
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from conftest import DATA, write_lines
 from generation_inference import format_image_prompt, format_question
@@ -276,6 +279,22 @@ def test_apc_only_is_q_N_renormalised_on_what_alpha_keeps(golden, drawings):
         assert_within(values[0, :, a, 1], metric_names(examples), [expected])
 
 
+@torch.inference_mode()
+def test_the_true_codes_are_those_of_float32_in_a_model_of_any_dtype(golden, drawings):
+    examples = read_examples(drawings / "image.jsonl", "image")
+    model = deepcopy(golden.model).bfloat16()
+    task = image_task(model, golden.processor, 3.0, partial(encode_prompts, golden.processor, CPU))
+    found = next(iter(task.read(examples))).forced.targets.view(len(examples), -1)
+    pictures = [np.array(Image.open(example["image"])) for example in examples]
+    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1
+    codes, rounded = (
+        vq.encode(pixels.to(dtype))[2][2].view_as(found)
+        for vq, dtype in ((deepcopy(model.gen_vision_model).float(), torch.float32),
+                          (model.gen_vision_model, torch.bfloat16))
+    )  # fmt: skip
+    assert torch.equal(found, codes) and not torch.equal(found, rounded)
+
+
 def test_an_answer_without_choices_or_image_is_read_after_its_question(golden, tmp_path):
     data = write_lines(tmp_path / "q.jsonl", [{"question": "Which colour?", "answer": "red"}] * 3)
     examples = read_examples(data, "answers")
@@ -336,6 +355,39 @@ def test_the_states_of_painting_are_in_memory_once(golden, drawings):
         for hook in hooks:
             hook.remove()
     assert len(outputs) == len(blocks)
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that the tensors made within have at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **kwargs or {})
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self.live[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        self.live = {place: held for place, held in self.live.items() if not held[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return made
+
+
+def test_the_memory_of_a_search_is_that_of_one_pass_whatever_the_batch(drawings, monkeypatch):
+    _, processor, model = load_pretrained_model(JANUS_TINY, "float32", "cpu")
+    task = image_task(model, processor, 3.0, partial(encode_prompts, processor, CPU))
+    examples = read_examples(drawings / "image.jsonl", "image")[:2]
+    with torch.inference_mode():
+        monkeypatch.setattr(tasks, "STATES_BYTES", next(iter(task.read(examples))).forced.hidden.nbytes * 3 // 2)
+    peaks = []
+    for batch in (examples, examples * 8):
+        with LiveBytes() as memory:
+            measure(task, batch, [2, 4], ALPHAS)
+        peaks.append(memory.peak)
+    assert peaks[1] < 1.1 * peaks[0]
 
 
 @pytest.mark.parametrize(

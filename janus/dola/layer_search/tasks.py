@@ -1,7 +1,7 @@
 """What turns examples into states at the places where something true is known, a forward pass for some of them."""
 
 from collections.abc import Callable, Iterator, Sequence
-from copy import copy
+from copy import copy, deepcopy
 from functools import partial
 from itertools import groupby
 from typing import NamedTuple
@@ -64,10 +64,13 @@ def image_task(
     llama, embed = model.language_model.model, model.language_model.get_input_embeddings()
     unit_range = copy(processor.image_processor)
     unit_range.image_mean = unit_range.image_std = (0.5, 0.5, 0.5)  # pixels in [-1, 1]
+    vq = model.gen_vision_model
+    if embed.weight.dtype != torch.float32:  # there the nearest code is another one now and then
+        vq = deepcopy(vq).float()
 
     def codes_of(example: Example) -> Tensor:
-        pixels = pixel_values(unit_range, [load_image(example["image"])]).to(embed.weight)
-        return model.gen_vision_model.encode(pixels)[2][2]
+        pixels = pixel_values(unit_range, [load_image(example["image"])]).to(embed.weight.device)
+        return vq.encode(pixels)[2][2]
 
     def phi(h: Tensor, columns: Tensor | None = None) -> Tensor:
         logits = model.gen_head(h) if columns is None else model.gen_head(h)[..., columns]
