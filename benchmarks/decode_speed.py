@@ -1,18 +1,23 @@
 """Images per second: the reference loop, transformers' own Janus, and this project's batches, on the same weights.
 
+Then the time of sampling several tokens per pass, by the images decoded together. Ratios are medians, least and most
+over the rounds, in which all ways alternate.
+
 python -m benchmarks.decode_speed [--model DIR | --random 1b|7b] [--prompts 16] [--parallel_size 4] [--json FILE]
 """
 
 import json
-import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from torch import Tensor
 from transformers import JanusConfig, JanusForConditionalGeneration, StaticCache
 from transformers.models.janus.configuration_janus import JanusVisionConfig
 
@@ -38,6 +43,9 @@ SIZES = {
 }
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "pink", "cyan")
+
+CFG_WEIGHT = 3.0
+WINDOWS, WINDOWS_CFG_WEIGHT = (1, 4, 16), 1.5
 
 
 def random_janus(size: str, dtype: torch.dtype, device: torch.device) -> MultiModalityCausalLM:
@@ -99,8 +107,8 @@ def as_transformers(model: MultiModalityCausalLM, processor: VLChatProcessor) ->
     return converted.eval()
 
 
-def run_transformers(theirs, model, processor, prompts: list[str], parallel_size: int, cfg_weight: float) -> None:
-    batch = processor.batchify([(prompt, []) for prompt in prompts]).to(model.device)
+def run_transformers(theirs, processor, prompts: list[str], parallel_size: int) -> None:
+    batch = processor.batchify([(prompt, []) for prompt in prompts]).to(theirs.device)
     length = batch.input_ids.shape[1] + theirs.model.vision_model.config.num_image_tokens
     tokens = theirs.generate(
         past_key_values=StaticCache(theirs.config.text_config, length),  # what 5.17 fails to make for itself
@@ -109,11 +117,13 @@ def run_transformers(theirs, model, processor, prompts: list[str], parallel_size
         generation_mode="image",
         do_sample=True,
         top_k=0,
-        guidance_scale=cfg_weight,
+        guidance_scale=CFG_WEIGHT,
         num_return_sequences=parallel_size,
     )
-    for image in tokens_to_images(model, tokens):
-        image.save("image.jpg")
+    with torch.inference_mode():
+        decoded = theirs.decode_image_tokens(tokens).float()
+    for pixels in ((decoded + 1) / 2 * 255).clamp(0, 255).to(torch.uint8).cpu().numpy():
+        Image.fromarray(pixels).save("image.jpg")
 
 
 def run_ours(model, processor, prompts: list[str], decoding: Decoding, parallel_size: int) -> None:
@@ -123,22 +133,70 @@ def run_ours(model, processor, prompts: list[str], decoding: Decoding, parallel_
         image.save("image.jpg")
 
 
-def measure(ways: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, dict[str, Any]]:
-    """Seconds of each way, the ways alternating; on CUDA also its peak memory in bytes."""
+def measure(ways: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, dict[str, Any]]:
+    """Seconds of each way in each round, the ways alternating; on CUDA also its peak memory in bytes."""
     measured: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in ways}
     for i in range(-1, rounds):  # the first round warms up
         for name, way in ways.items():
             if device.type == "cuda":
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
+                torch.cuda.synchronize(device)
+                torch.cuda.reset_peak_memory_stats(device)
             started = time.perf_counter()
             way()
             if device.type == "cuda":
-                torch.cuda.synchronize()
-                measured[name]["peak_bytes"] = torch.cuda.max_memory_allocated()
+                torch.cuda.synchronize(device)
+                measured[name]["peak_bytes"] = torch.cuda.max_memory_allocated(device)
             if i >= 0:
                 measured[name]["seconds"].append(time.perf_counter() - started)
-    return {name: {**m, "seconds": statistics.median(m["seconds"])} for name, m in measured.items()}
+    return measured
+
+
+def ratio(of: dict[str, Any], over: dict[str, Any]) -> list[float]:
+    """How many times less time one way takes than another: median, least and most over the rounds."""
+    ratios = [slow / fast for slow, fast in zip(over["seconds"], of["seconds"], strict=True)]
+    return [statistics.median(ratios), min(ratios), max(ratios)]
+
+
+def in_words(ratio: list[float]) -> str:
+    return f"{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})"
+
+
+def compare_windows(model, processor, prompts: list[str], rounds: int) -> list[dict[str, Any]]:
+    """Sampling alone of one picture at a time, of a prompt's four, and of four of each prompt, by window."""
+    device, decoding, found = model.gen_embed.weight.device, Decoding(cfg_weight=WINDOWS_CFG_WEIGHT), []
+    for together, parallel_size, at_a_time in ((1, 1, 1), (4, 4, 1), (4 * len(prompts), 4, len(prompts))):
+        tokens: dict[int, list[Tensor]] = {}
+        passes = dict.fromkeys(WINDOWS, 0)
+
+        def sample(window: int, parallel_size=parallel_size, at_a_time=at_a_time, tokens=tokens, passes=passes) -> None:
+            made: list[int] = []
+            tokens[window] = [
+                sample_image_tokens(
+                    model,
+                    processor,
+                    prompts[start : start + at_a_time],
+                    decoding,
+                    parallel_size=parallel_size,
+                    seeds=list(range(start, start + at_a_time)),
+                    window=window,
+                    on_step=made.append,
+                )
+                for start in range(0, len(prompts), at_a_time)
+            ]
+            passes[window] = len(made)
+
+        measured = measure({str(window): lambda w=window: sample(w) for window in WINDOWS}, rounds, device)
+        for window in WINDOWS[1:]:
+            found.append(
+                {
+                    "images": together,
+                    "window": window,
+                    "times_as_fast": ratio(measured[str(window)], measured["1"]),
+                    "tokens_per_pass": passes[1] / passes[window],
+                    "equal": all(map(torch.equal, tokens[window], tokens[1])),
+                }
+            )
+    return found
 
 
 def hardware_rates(device: torch.device) -> dict[str, float]:
@@ -180,14 +238,42 @@ def floor_seconds(model, rows: int, window: int, length: float, rates: dict[str,
     return max(bytes_read / rates["bytes_per_s"], flops / rates["flops"])
 
 
+IN_ONE_BATCH = "transformers' own, one batch"
+
+
+def ways_to_paint(model, processor, prompts: list[str], parallel_size: int) -> dict[str, Callable[[], None]]:
+    """Name -> painting `parallel_size` images of each prompt, pixels and files included."""
+    theirs, depth = as_transformers(model, processor), len(model.language_model.model.layers)
+    decodings = {
+        "ours, DoLa off": Decoding(cfg_weight=CFG_WEIGHT),
+        "ours, DoLa static": Decoding(pick_contrast_layers(depth), cfg_weight=CFG_WEIGHT),
+        "ours, early exit of 4": Decoding(tuple(range(depth - 4, depth)), cfg_weight=CFG_WEIGHT),
+    }
+
+    def reference() -> None:
+        for prompt in prompts:
+            generate(model, processor, prompt, parallel_size=parallel_size, cfg_weight=CFG_WEIGHT)
+
+    def transformers_by_prompt() -> None:
+        for prompt in prompts:
+            run_transformers(theirs, processor, [prompt], parallel_size)
+
+    return {
+        "reference loop, by prompt": reference,
+        "transformers' own, by prompt": transformers_by_prompt,
+        IN_ONE_BATCH: lambda: run_transformers(theirs, processor, prompts, parallel_size),
+        **{name: lambda d=d: run_ours(model, processor, prompts, d, parallel_size) for name, d in decodings.items()},
+    }
+
+
 def main() -> None:
     parser = CommandParser(description="Images per second: the reference loop, transformers' own Janus, and ours.")
     add_model_arguments(parser)
     parser.add_argument("--random", choices=SIZES, help="random weights at a published size instead of --model")
     parser.add_argument("--prompts", type=positive, default=16, help="prompts in a batch (default: %(default)s)")
     parser.add_argument("--parallel_size", type=positive, default=4, help="images per prompt (default: %(default)s)")
-    parser.add_argument("--rounds", type=positive, default=3, help="rounds, medians taken (default: %(default)s)")
-    parser.add_argument("--json", help="file to write the table to as JSON (default: none)")
+    parser.add_argument("--rounds", type=positive, default=5, help="rounds, medians taken (default: %(default)s)")
+    parser.add_argument("--json", help="file to write the tables to as JSON (default: none)")
     args = parser.parse_args()
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
@@ -199,63 +285,48 @@ def main() -> None:
         _, processor, model = load_pretrained_model(args.model, dtype, device)
     texts = [f"a {size} {colour} star on a white background" for colour in COLOURS for size in ("small", "large")]
     prompts = [format_image_prompt(processor, texts[i % len(texts)]) for i in range(args.prompts)]
-    theirs = as_transformers(model, processor)
-    depth = len(model.language_model.model.layers)
-    decodings = {
-        "ours, DoLa off": Decoding(cfg_weight=3.0),
-        "ours, DoLa static": Decoding(pick_contrast_layers(len(model.language_model.model.layers)), cfg_weight=3.0),
-        "ours, early exit of 4": Decoding(tuple(range(depth - 4, depth)), cfg_weight=3.0),
-    }
-    n = args.parallel_size
-
-    def reference() -> None:
-        for prompt in prompts:
-            generate(model, processor, prompt, parallel_size=n, cfg_weight=3.0)
-
-    def transformers_each() -> None:
-        for prompt in prompts:
-            run_transformers(theirs, model, processor, [prompt], n, 3.0)
-
-    ways: dict[str, Callable[[], None]] = {
-        "reference loop, by prompt": reference,
-        "transformers' generate, by prompt": transformers_each,
-        "transformers' generate, one batch": lambda: run_transformers(theirs, model, processor, prompts, n, 3.0),
-        **{name: lambda d=d: run_ours(model, processor, prompts, d, n) for name, d in decodings.items()},
-    }
+    name = str(dtype).removeprefix("torch.")
+    painting = ways_to_paint(model, processor, prompts, args.parallel_size)
+    ways = {f"{way}, {name}": paint for way, paint in painting.items()}
     if device.type == "cpu" and dtype == torch.float32 and not args.random:
         half = load_pretrained_model(args.model, torch.bfloat16, device)[2]
-        ways["ours, DoLa static, in bfloat16"] = lambda: run_ours(
-            half, processor, prompts, decodings["ours, DoLa static"], n
-        )
-    here = Path.cwd()
-    with tempfile.TemporaryDirectory() as scratch:
-        os.chdir(scratch)
+        painting = ways_to_paint(half, processor, prompts, args.parallel_size)
+        ways |= {f"{way}, bfloat16": paint for way, paint in painting.items() if "by prompt" not in way}
+    with tempfile.TemporaryDirectory() as scratch, chdir(scratch):
         measured = measure(ways, args.rounds, device)
-        os.chdir(here)
-    images, steps = args.prompts * n, num_image_tokens(model, processor)
-    base = measured["reference loop, by prompt"]["seconds"]
+    images, steps = args.prompts * args.parallel_size, num_image_tokens(model, processor)
     rates = hardware_rates(device) if device.type == "cuda" else None
-    print(f"{images} images of {steps} tokens, {str(dtype).removeprefix('torch.')} on {device.type}\n")
-    print("| | images/s | over the reference | ms per step and batch | peak GiB |\n|---|---|---|---|---|")
-    for name, m in measured.items():
-        batches = args.prompts if "by prompt" in name else 1
+    print(f"{images} images of {steps} tokens on {device.type}, {torch.get_num_threads()} threads\n")
+    columns = ["", "images/s", "over the reference", "over transformers' batch of its dtype", "ms per step"]
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    for way, m in measured.items():
+        batches = args.prompts if "by prompt" in way else 1
+        seconds = statistics.median(m["seconds"])
         m |= {
-            "images_per_s": images / m["seconds"],
-            "speedup": base / m["seconds"],
-            "ms_per_step": 1e3 * m["seconds"] / steps / batches,
+            "images_per_s": images / seconds,
+            "over_reference": ratio(m, measured[f"reference loop, by prompt, {name}"]),
+            "over_transformers": ratio(m, measured[f"{IN_ONE_BATCH}, {way.rpartition(', ')[2]}"]),
+            "ms_per_step": 1e3 * seconds / steps / batches,
         }
-        peak = f"{m['peak_bytes'] / 2**30:.2f}" if "peak_bytes" in m else "not measured"
-        print(f"| {name} | {m['images_per_s']:.2f} | {m['speedup']:.2f} | {m['ms_per_step']:.1f} | {peak} |")
-        if rates and batches == 1:
-            length = max(len(processor.tokenizer.encode(p)) for p in prompts) + steps / 2
-            least = floor_seconds(model, 2 * images, 1, length, rates)
-            m["step_over_floor"] = m["ms_per_step"] / 1e3 / least
-    for name, m in measured.items():
-        if "step_over_floor" in m:
-            print(f"{name}: step time {m['step_over_floor']:.2f} times its floor")
+        ratios = " | ".join(in_words(m[key]) for key in ("over_reference", "over_transformers"))
+        print(f"| {way} | {m['images_per_s']:.2f} | {ratios} | {m['ms_per_step']:.1f} |")
+    if rates:
+        length = max(len(processor.tokenizer.encode(p)) for p in prompts) + steps / 2
+        least = floor_seconds(model, 2 * images, 1, length, rates)
+        for way, m in measured.items():
+            if "by prompt" not in way:
+                m["step_over_floor"] = m["ms_per_step"] / 1e3 / least
+                peak = m["peak_bytes"] / 2**30
+                print(f"{way}: step time {m['step_over_floor']:.2f} times its floor, peak {peak:.2f} GiB")
+    windows = compare_windows(model, processor, prompts, args.rounds)
+    print(f"\nSampling alone, DoLa off, guidance {WINDOWS_CFG_WEIGHT}, {name}:\n")
+    print("| images at a time | window | times as fast as window 1 | tokens per pass | tokens |\n|---|---|---|---|---|")
+    for row in windows:
+        words = f"{in_words(row['times_as_fast'])} | {row['tokens_per_pass']:.1f}"
+        print(f"| {row['images']} | {row['window']} | {words} | {'equal' if row['equal'] else 'not equal'} |")
     if args.json:
-        facts = {"images": images, "steps": steps, "dtype": str(dtype), "device": device.type, "rates": rates}
-        Path(args.json).write_text(json.dumps({**facts, "ways": measured}, indent=2) + "\n")
+        facts = {"images": images, "steps": steps, "dtype": name, "device": device.type, "rates": rates}
+        Path(args.json).write_text(json.dumps({**facts, "ways": measured, "windows": windows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

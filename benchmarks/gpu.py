@@ -1,6 +1,6 @@
 """Correctness and speed of decoding on a CUDA device, beside the reference loop and transformers' own Janus.
 
-python -m benchmarks.gpu [--models 1b 7b] [--seconds 2] [--out docs/gpu]
+python -m benchmarks.gpu [--models 1b 7b] [--seconds 1] [--out docs/gpu]
 
 First every way of decoding on janus-tiny, its tokens against those of the eager loop; then, at the published sizes
 with random weights (nothing is downloaded), the time of a pass. Cells are kept in OUT.json as they are measured, and
@@ -32,9 +32,10 @@ from generation_inference import (
     tokens_to_images,
 )
 from janus.dola import static_backbone
-from janus.dola.cli import JANUS_TINY, CommandParser, is_out_of_memory, positive, run_command
+from janus.dola.cli import JANUS_TINY, CommandParser, positive, run_command
 from janus.dola.files import read_json_file, write_whole
 from janus.dola.loading import load_pretrained_model, resolve_device, resolve_dtype
+from janus.dola.memory import is_out_of_memory
 from janus.dola.prompt_files import read_prompts
 from janus.models import VLChatProcessor
 from run_batch_prompts import EXAMPLE_PROMPTS, images_per_batch
@@ -271,12 +272,15 @@ def speed_cells(bench: Bench, batches: list[int], windows: list[int]) -> Iterato
             yield f"{where}, {decoding}", lambda n=images, d=decoding: bench.ours(n, d)
         if images > 16:
             continue
+        yield f"{where}, reference loop", lambda n=images: bench.reference(n)
+        yield f"{where}, transformers", lambda n=images: bench.transformers(n)
+        if images > 4:
+            continue
         for window in windows:
             yield f"{where}, off, window {window}", lambda n=images, w=window: bench.ours(n, window=w)
         yield f"{where}, off, no graphs", lambda n=images: bench.ours(n, graphs=False)
-        yield f"{where}, off, compiled", lambda n=images: bench.ours(n, compiled=True)
-        yield f"{where}, reference loop", lambda n=images: bench.reference(n)
-        yield f"{where}, transformers", lambda n=images: bench.transformers(n)
+        if images == batches[0]:
+            yield f"{where}, off, compiled", lambda n=images: bench.ours(n, compiled=True)
     yield "pixels of an image", lambda: bench.pixels(batches[0])
 
 
@@ -369,7 +373,7 @@ def main() -> None:
     add("--models", nargs="+", default=["1b", "7b"], help="1b, 7b (random weights), or directories (default: 1b 7b)")
     add("--device", default="cuda", help="where (default: %(default)s)")
     add("--dtype", default="auto", help="of the speed part (default: bfloat16 on CUDA, else float32)")
-    add("--seconds", type=float, default=2.0, help="for each run that is timed, of two per cell (default: %(default)s)")
+    add("--seconds", type=float, default=1.0, help="for each run that is timed, of two per cell (default: %(default)s)")
     add("--batches", type=positive, nargs="+", default=[1, 4, 16, 64], help="images (default: 1 4 16 64)")
     add("--windows", type=positive, nargs="+", default=[2, 4, 8, 16, 32], help="windows (default: 2 4 8 16 32)")
     add("--prompts", type=positive, default=4, help="prompts of the correctness part (default: %(default)s)")
