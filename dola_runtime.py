@@ -10,6 +10,7 @@ from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 DEFAULT_ALPHA = 0.1
 DEFAULT_LAYER_RATIO = 0.8
@@ -223,8 +224,11 @@ def select_layer_by_jsd(log_qN: Tensor, log_qj: Tensor) -> Tensor:
     """Early exit (paper, eq. 2): the candidate that differs most from the last layer, per row.
 
     `log_qN` is `[batch, vocab]`, `log_qj` `[candidates, batch, vocab]`; returns indices into the candidates, `[batch]`.
+    Compared is 2 (ln 2 - JSD): where several JSD are ln 2 but for rounding, it still tells them apart.
     """
-    return jsd_from_logprobs(log_qN, log_qj).argmax(dim=0)
+    log_p, log_q = log_qN.float(), log_qj.float()
+    shared = log_p.exp() * softplus(log_q - log_p) + log_q.exp() * softplus(log_p - log_q)
+    return shared.nan_to_num(0.0).sum(-1).argmin(dim=0)  # NaN where either probability is 0
 
 
 # --- diagnosis -------------------------------------------------------------------------------------------------------

@@ -176,6 +176,17 @@ def test_early_exit_takes_the_candidate_that_differs_most_per_row():
     assert select_layer_by_jsd(log_qN, candidates).tolist() == [1, 0]
 
 
+def test_early_exit_tells_candidates_apart_whose_divergence_is_ln_2_but_for_rounding():
+    log_qN = torch.log_softmax(torch.tensor([[30.0, 0.0, 0.0]]), -1)
+    shared = torch.tensor([2e-9, 1e-9, 3e-9])  # of the probability, with the last layer
+    logits = torch.stack([shared.log(), torch.zeros(3), torch.full((3,), -30.0)], dim=-1)[:, None]
+    candidates = torch.log_softmax(logits, -1)
+    divergence = jsd_from_logprobs(log_qN, candidates)
+    assert divergence.max() - divergence.min() < 2e-7
+    assert select_layer_by_jsd(log_qN, candidates).tolist() == [1]
+    assert select_layer_by_jsd(log_qN, candidates.flip(0)).tolist() == [1]
+
+
 def test_readout_norms_once_and_reads_stacked_layers_like_single_ones():
     torch.manual_seed(0)
     phi, norm = torch.nn.Linear(8, 11), torch.nn.LayerNorm(8)
