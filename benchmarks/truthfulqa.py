@@ -195,9 +195,7 @@ def read_slice(parts, tree, after, states, asked, unasked, log_unigram) -> tuple
     def read(hidden: Tensor, readings: Sequence[tuple[int, str]]) -> Iterator[Tensor]:
         h = torch.stack(
             [
-                parts.ln_out(hidden[layer, states])
-                if READOUTS[readout] and layer < LAST
-                else hidden[layer, states]
+                parts.ln_out(hidden[layer, states]) if READOUTS[readout] and layer < LAST else hidden[layer, states]
                 for layer, readout in readings
             ]
         )
