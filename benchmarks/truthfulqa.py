@@ -52,7 +52,7 @@ GAMMAS = (0.25, 0.5, 0.75)
 LAYERS = tuple(range(2, 30, 2))
 EARLY_EXITS = (LAYERS[:7], LAYERS[7:])
 LAST, GAMMA_LAYER, VOCABULARY = 30, 28, 49_152
-STATES_PER_SLICE = 16
+STATES_PER_SLICE, UNDERFLOW = 16, -80.0
 READOUTS = {"un-normed": False, "normed": True}
 READINGS = [(layer, readout) for readout in READOUTS for layer in LAYERS]
 PRIORS = [(GAMMA_LAYER, "un-normed"), (GAMMA_LAYER, "normed"), (LAST, "normed")]
@@ -212,10 +212,9 @@ def read_slice(parts, tree, after, states, asked, unasked, log_unigram) -> tuple
 
     def score(log_qj: Tensor, gamma: float, alpha: float) -> Tensor:
         """log p_hat of the true tokens, whatever APC says of them."""
-        if alpha > 0:
-            F = contrast_with_apc_from_logprobs(log_qN[:, columns], log_qj[:, columns], alpha, gamma)
-        else:
-            F = log_qN - gamma * log_qj
+        if alpha == 0:
+            return torch.log_softmax(log_qN - gamma * log_qj, dim=-1)[row, target]
+        F = contrast_with_apc_from_logprobs(log_qN[:, columns], log_qj[:, columns], alpha, gamma)
         return true_N - gamma * log_qj[row, target] - F.logsumexp(-1)[row]
 
     read_of: dict[str, list[Tensor]] = {"log_q": [], "p_hat": [], "p_hat_apc": [], "jsd": [], "gammas": []}
@@ -224,7 +223,8 @@ def read_slice(parts, tree, after, states, asked, unasked, log_unigram) -> tuple
         read_of["p_hat"].append(score(log_qj, 1.0, 0.0))
         read_of["p_hat_apc"].append(score(log_qj, 1.0, ALPHA))
         if i < len(READINGS):
-            read_of["jsd"].append(jsd_from_logprobs(log_qN, log_qj)[row])
+            far = log_qj.clamp(min=UNDERFLOW)  # exp of what underflows takes ten times as long
+            read_of["jsd"].append(jsd_from_logprobs(log_qN, far)[row])
             if READINGS[i][0] == GAMMA_LAYER:
                 read_of["gammas"] += [score(log_qj, gamma, 0.0) for gamma in GAMMAS]
     apc = score(torch.zeros_like(log_qN), 0.0, ALPHA)
@@ -328,37 +328,38 @@ def judge(question: Question, scores: np.ndarray) -> np.ndarray:
     return np.stack([above[:, question.best], mass[:, : question.num_true].sum(1) / mass.sum(1), above.mean(1)], axis=1)
 
 
-def summarise(questions: Sequence[Question], entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A record per decoding, in %: each metric, its difference from the baseline, and that one's 95% interval.
+def judge_all(
+    questions: Sequence[Question], entries: Sequence[dict[str, Any]]
+) -> tuple[list[tuple[str, ...]], np.ndarray]:
+    """The decodings' keys, and their metrics `[questions, decodings, 3]`."""
+    scored = [decodings(entry) for entry in entries]
+    judged = [judge(q, np.stack(list(scores.values()))) for q, scores in zip(questions, scored, strict=True)]
+    return list(scored[0]), np.stack(judged)
 
-    The interval is a bootstrap over questions, the same draws for every decoding.
+
+def compare(judged: np.ndarray, reference: np.ndarray) -> list[dict[str, dict[str, Any]]]:
+    """Per decoding and metric, in %: its value, the difference from a reference, and that one's 95% interval.
+
+    `judged` is `[questions, decodings, 3]`, `reference` `[questions, 1 or decodings, 3]`. The interval is a bootstrap
+    over questions, the same draws for every decoding.
     """
-    keys = list(decodings(entries[0]))
-    judged = np.stack([judge(q, np.stack([*decodings(e).values()])) for q, e in zip(questions, entries, strict=True)])
-    difference = judged - judged[:, keys.index(("q_N", "baseline", "", "sum"))][:, None]
-    n = len(judged)
+    n, difference = len(judged), 100 * (judged - reference)
     draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=10_000) / n
-    low, high = np.percentile((draws @ difference.reshape(n, -1)), [2.5, 97.5], axis=0).reshape(2, len(keys), 3)
-    mean, shift = judged.mean(0), difference.mean(0)
+    spread = np.percentile(draws @ difference.reshape(n, -1), [2.5, 97.5], axis=0).reshape(2, -1, 3)
+    rounded = (x.round(2).tolist() for x in (100 * judged.mean(0), difference.mean(0), spread.transpose(1, 2, 0)))
     return [
-        dict(zip(("form", "contrast", "readout", "reduction"), key, strict=True))
-        | {
-            metric: {
-                "value": round(100 * float(mean[i, m]), 2),
-                "difference": round(100 * float(shift[i, m]), 2),
-                "interval": [round(100 * float(low[i, m]), 2), round(100 * float(high[i, m]), 2)],
-            }
-            for m, metric in enumerate(METRICS)
+        {
+            metric: dict(zip(("value", "difference", "interval"), told, strict=True))
+            for metric, *told in zip(METRICS, *of_decoding, strict=True)
         }
-        for i, key in enumerate(keys)
+        for of_decoding in zip(*rounded, strict=True)
     ]
 
 
 Records = dict[tuple[str, ...], dict[str, Any]]
-
-
-def by_key(records: Sequence[dict[str, Any]]) -> Records:
-    return {tuple(record[name] for name in ("form", "contrast", "readout", "reduction")): record for record in records}
+KEY = ("form", "contrast", "readout", "reduction")
+BASELINE = ("q_N", "baseline", "", "sum")
+PAPERS = ("ratio", "layer 28", "un-normed", "sum")
 
 
 def plot(found: Records, path: Path) -> None:
@@ -373,8 +374,8 @@ def plot(found: Records, path: Path) -> None:
         ("p_hat", "un-normed"): "p_hat, un-normed",
         ("p_hat", "normed"): "p_hat, normed",
     }
-    across = {
-        ("q_N", "baseline", "", "sum"): ("baseline", "black"),
+    across: dict[tuple[str, ...], tuple[str, str]] = {
+        BASELINE: ("baseline", "black"),
         ("ratio", UNIGRAMS, "normed", "sum"): ("unigrams in the place of the layer", "tab:brown"),
         ("control", "number of tokens", "", "sum"): ("number of tokens", "tab:pink"),
     }
@@ -411,7 +412,7 @@ def lift(record: dict[str, Any]) -> str:
     return " | ".join(f"{p['difference']:+.1f} [{p['interval'][0]:+.1f}, {p['interval'][1]:+.1f}]" for p in parts)
 
 
-CONTROLS = {
+CONTROLS: dict[str, tuple[str, ...]] = {
     "baseline, mean": ("q_N", "baseline", "", "mean"),
     "APC only, alpha 0.1": ("q_N", "APC only", "", "sum"),
     **{
@@ -442,14 +443,25 @@ CONTROLS = {
         for readout in READOUTS
         for gamma in GAMMAS
     },
+    "p_hat, layer 28, un-normed": ("p_hat", "layer 28", "un-normed", "sum"),
+    "p_hat, layer 28, normed": ("p_hat", "layer 28", "normed", "sum"),
     "p_hat, last layer given no question": ("p_hat", "layer 30, no question", "normed", "sum"),
     "p_hat, unigrams in the place of the layer": ("p_hat", UNIGRAMS, "normed", "sum"),
 }
+REMAINDERS = (
+    ("alone", "layer 28", "un-normed", "sum"),
+    ("ratio", "layer 28, no question", "un-normed", "sum"),
+    ("alone", "layer 30, no question", "normed", "sum"),
+    ("alone", UNIGRAMS, "normed", "sum"),
+    ("ratio", UNIGRAMS, "normed", "sum"),
+    ("ratio", "a uniform distribution", "", "sum"),
+    ("control", "number of tokens", "", "sum"),
+)
+"""Controls that take nothing from the layer, or nothing but the layer."""
 
 
-def to_markdown(found: Records, count: int, kept: tuple[float, float], command: str) -> str:
+def to_markdown(found: Records, remainders: Records, count: int, kept: tuple[float, float], command: str) -> str:
     """The page: what was measured, a table of the layers, and the controls with their intervals."""
-    baseline = found[("q_N", "baseline", "", "sum")]
     columns = [(form, readout) for form in FORMS for readout in READOUTS]
     rows = [f"layer {layer}" for layer in LAYERS] + [f"early exit {c[0]}-{c[-1]}" for c in EARLY_EXITS]
     lines = [
@@ -464,7 +476,7 @@ scores by the sum of log q_N - log q_j, with no mask and without renormalising; 
 distribution. At alpha {ALPHA} APC keeps {kept[0]:.1%} of the true answers' tokens and {kept[1]:.1%} of the false ones';
 a dropped token counts {DROPPED:g}, as there.
 
-Baseline: {cells(baseline)} (MC1 / MC2 / MC3).
+Baseline: {cells(found[BASELINE])} (MC1 / MC2 / MC3).
 
 {VERDICT}
 
@@ -492,7 +504,30 @@ empty question; unigrams are the frequencies of tokens in the answers of all oth
 |---|---|---|---|---|"""
     ]
     lines += [f"| {name} | {cells(found[key])} | {lift(found[key])} |" for name, key in CONTROLS.items()]
+    lines += [
+        f"""
+## What the layer adds to a control
+
+The paper's score on layer 28, un-normed ({cells(found[PAPERS])}), minus each control, in points.
+
+| control | {" | ".join(METRICS)} |
+|---|---|---|---|"""
+    ]
+    names = {key: name for name, key in CONTROLS.items()}
+    lines += [f"| {names[key]} | {lift(record)} |" for key, record in remainders.items()]
     return "\n".join(lines) + "\n"
+
+
+def tabulate(questions: Sequence[Question], entries: Sequence[dict[str, Any]]) -> tuple[Records, Records]:
+    """Every decoding against the baseline, and the paper's score against the controls."""
+    keys, judged = judge_all(questions, entries)
+    at = {key: judged[:, [i]] for i, key in enumerate(keys)}
+    controls = np.concatenate([at[key] for key in REMAINDERS], axis=1)
+    papers = np.broadcast_to(at[PAPERS], controls.shape)
+    return (
+        dict(zip(keys, compare(judged, at[BASELINE]), strict=True)),
+        dict(zip(REMAINDERS, compare(papers, controls), strict=True)),
+    )
 
 
 def kept_shares(questions: Sequence[Question], entries: Sequence[dict[str, Any]]) -> tuple[float, float]:
@@ -518,12 +553,12 @@ def main() -> None:
     with RunLog(args.work / "questions.jsonl", settings, [question.text for question in questions]) as log:
         if len(log.entries) < len(questions):
             measure(*load_smollm2(), questions, log)
-    found = by_key(records := summarise(questions, log.entries))
+    found, remainders = tabulate(questions, log.entries)
     command = f"python -m benchmarks.truthfulqa {args.csv.name}"
     args.out.mkdir(parents=True, exist_ok=True)
-    page = to_markdown(found, len(questions), kept_shares(questions, log.entries), command)
+    page = to_markdown(found, remainders, len(questions), kept_shares(questions, log.entries), command)
     (args.out / "truthfulqa.md").write_text(page, encoding="utf-8")
-    lines = ",\n".join(json.dumps(record) for record in records)
+    lines = ",\n".join(json.dumps(dict(zip(KEY, key, strict=True)) | record) for key, record in found.items())
     (args.out / "truthfulqa.json").write_text(
         f'{{"command": {json.dumps(command)}, "records": [\n{lines}\n]}}\n', encoding="utf-8"
     )
