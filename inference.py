@@ -393,7 +393,7 @@ def format_trace(tokenizer, answer: Answer) -> Iterator[str]:
 
     def top(name: str, t: int) -> str:
         pairs = zip(answer.trace[f"{name}_tokens"][t].tolist(), answer.trace[name][t].tolist(), strict=True)
-        return ", ".join(f"{tokenizer.decode([token])!r} {p:.3f}" for token, p in pairs)
+        return ", ".join(f"{tokenizer.decode([token])!r} {p:.3f}" for token, p in pairs if p > 0)
 
     for t, token in enumerate(answer.tokens.tolist()):
         layer = f"layer {answer.trace['layer'][t]:2d}  " if "layer" in answer.trace else ""
