@@ -65,7 +65,6 @@ FORMS = {
 }
 METRICS = ("MC1", "MC2", "MC3")
 UNIGRAMS = "unigrams of other questions' answers"
-VERDICT = ""
 
 
 @dataclass(frozen=True)
@@ -460,6 +459,31 @@ REMAINDERS = (
 """Controls that take nothing from the layer, or nothing but the layer."""
 
 
+def verdict(found: Records, remainders: Records) -> str:
+    """How much of the lift is the layer's, in one paragraph."""
+
+    def points(key: tuple[str, ...], records: Records = found) -> str:
+        return " / ".join(f"{records[key][metric]['difference']:+.1f}" for metric in METRICS)
+
+    def with_intervals(key: tuple[str, ...]) -> str:
+        parts = (remainders[key][metric] for metric in METRICS)
+        return ", ".join(f"{p['difference']:+.1f} [{p['interval'][0]:+.1f}, {p['interval'][1]:+.1f}]" for p in parts)
+
+    length, alone = ("ratio", "a uniform distribution", "", "sum"), ("alone", "layer 28", "un-normed", "sum")
+    unasked, p_hat = ("alone", "layer 30, no question", "normed", "sum"), ("p_hat", "layer 28", "normed", "sum")
+    share = found[length]["MC1"]["difference"] / found[PAPERS]["MC1"]["difference"]
+    return f"""**How much of the lift is the layer's.** The paper's score on layer 28, un-normed, is {points(PAPERS)} points
+above the baseline (MC1 / MC2 / MC3). The contrast as such has no part in it: -log q_28 alone, without q_N, is
+{points(alone)} above. Such a sum grows with every token and with every unlikely one, and TruthfulQA's false answers are
+the short and likely ones. A uniform distribution in the place of the layer, which only adds log(vocabulary) for each
+token, gives {points(length)}, {share:.0%} of the lift in MC1; the mere number of tokens
+{points(("control", "number of tokens", "", "sum"))}; token frequencies alone
+{points(("alone", UNIGRAMS, "normed", "sum"))}. And how unlikely an answer is to the *last* layer with no question asked
+gives {points(unasked)}. Over that control, which takes nothing from an earlier layer and nothing from the question, the
+paper's score has {with_intervals(unasked)}. In p_hat a constant per token drops out, and {points(p_hat)} is left of the
+lift (layer 28, normed), {points(("p_hat", "layer 28", "un-normed", "sum"))} un-normed."""
+
+
 def to_markdown(found: Records, remainders: Records, count: int, kept: tuple[float, float], command: str) -> str:
     """The page: what was measured, a table of the layers, and the controls with their intervals."""
     columns = [(form, readout) for form in FORMS for readout in READOUTS]
@@ -478,7 +502,7 @@ a dropped token counts {DROPPED:g}, as there.
 
 Baseline: {cells(found[BASELINE])} (MC1 / MC2 / MC3).
 
-{VERDICT}
+{verdict(found, remainders)}
 
 ![metrics by layer](truthfulqa.png)
 
