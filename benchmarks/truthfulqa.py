@@ -9,6 +9,7 @@ Writes docs/truthfulqa.md, docs/truthfulqa.json and docs/truthfulqa.png.
 import argparse
 import csv
 import json
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -377,6 +378,7 @@ def plot(found: Records, path: Path) -> None:
         BASELINE: ("baseline", "black"),
         ("ratio", UNIGRAMS, "normed", "sum"): ("unigrams in the place of the layer", "tab:brown"),
         ("control", "number of tokens", "", "sum"): ("number of tokens", "tab:pink"),
+        ("alone", "layer 30, no question", "normed", "sum"): ("-log q of the last layer, no question", "tab:green"),
     }
     for axis, metric in zip(axes, METRICS, strict=True):
         for (form, readout), label in lines.items():
@@ -472,16 +474,18 @@ def verdict(found: Records, remainders: Records) -> str:
     length, alone = ("ratio", "a uniform distribution", "", "sum"), ("alone", "layer 28", "un-normed", "sum")
     unasked, p_hat = ("alone", "layer 30, no question", "normed", "sum"), ("p_hat", "layer 28", "normed", "sum")
     share = found[length]["MC1"]["difference"] / found[PAPERS]["MC1"]["difference"]
-    return f"""**How much of the lift is the layer's.** The paper's score on layer 28, un-normed, is {points(PAPERS)} points
-above the baseline (MC1 / MC2 / MC3). The contrast as such has no part in it: -log q_28 alone, without q_N, is
-{points(alone)} above. Such a sum grows with every token and with every unlikely one, and TruthfulQA's false answers are
-the short and likely ones. A uniform distribution in the place of the layer, which only adds log(vocabulary) for each
-token, gives {points(length)}, {share:.0%} of the lift in MC1; the mere number of tokens
-{points(("control", "number of tokens", "", "sum"))}; token frequencies alone
-{points(("alone", UNIGRAMS, "normed", "sum"))}. And how unlikely an answer is to the *last* layer with no question asked
-gives {points(unasked)}. Over that control, which takes nothing from an earlier layer and nothing from the question, the
-paper's score has {with_intervals(unasked)}. In p_hat a constant per token drops out, and {points(p_hat)} is left of the
-lift (layer 28, normed), {points(("p_hat", "layer 28", "un-normed", "sum"))} un-normed."""
+    text = f"""**How much of the lift is the layer's.** The paper's score on layer 28, un-normed, is {points(PAPERS)}
+    points above the baseline (MC1 / MC2 / MC3). The contrast as such has no part in it: -log q_28 alone, without q_N,
+    is {points(alone)} above. Such a sum grows with every token and with every unlikely one, and TruthfulQA's false
+    answers are the short and likely ones. A uniform distribution in the place of the layer, which only adds
+    log(vocabulary) for each token, gives {points(length)}, {share:.0%} of the lift in MC1; the mere number of tokens
+    {points(("control", "number of tokens", "", "sum"))}; token frequencies alone
+    {points(("alone", UNIGRAMS, "normed", "sum"))}. And how unlikely an answer is to the *last* layer with no question
+    asked gives {points(unasked)}. Over that control, which takes nothing from an earlier layer and nothing from the
+    question, the paper's score has {with_intervals(unasked)}. In p_hat a constant per token drops out, and
+    {points(p_hat)} is left of the lift (layer 28, normed), {points(("p_hat", "layer 28", "un-normed", "sum"))} un-normed.
+    """
+    return textwrap.fill(" ".join(text.split()), width=120, break_on_hyphens=False)
 
 
 def to_markdown(found: Records, remainders: Records, count: int, kept: tuple[float, float], command: str) -> str:
