@@ -482,8 +482,8 @@ def verdict(found: Records, remainders: Records) -> str:
     {points(("control", "number of tokens", "", "sum"))}; token frequencies alone
     {points(("alone", UNIGRAMS, "normed", "sum"))}. And how unlikely an answer is to the *last* layer with no question
     asked gives {points(unasked)}. Over that control, which takes nothing from an earlier layer and nothing from the
-    question, the paper's score has {with_intervals(unasked)}. In p_hat a constant per token drops out, and
-    {points(p_hat)} is left of the lift (layer 28, normed), {points(("p_hat", "layer 28", "un-normed", "sum"))} un-normed.
+    question, the paper's score has {with_intervals(unasked)}. In p_hat a constant per token drops out, and of the lift
+    {points(p_hat)} is left (layer 28, normed), {points(("p_hat", "layer 28", "un-normed", "sum"))} un-normed.
     """
     return textwrap.fill(" ".join(text.split()), width=120, break_on_hyphens=False)
 
