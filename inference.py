@@ -471,9 +471,30 @@ def trace_file(index: int, variant: str) -> str:
 
 def is_trace_file(settings: Mapping[str, Any], inputs: Sequence[Any], name: str) -> bool:
     """Whether a run of such settings and inputs writes a file of such a name."""
-    found = re.fullmatch(r"(\d{4,})_(.+)_trace\.jsonl", name)
-    variants = {variant for of_domain in settings["variants"].values() for variant in of_domain}
-    return bool(found and settings["trace"] and int(found[1]) < len(inputs) and found[2] in variants)
+    found, domains = re.fullmatch(r"(\d{4,})_(.+)_trace\.jsonl", name), settings.get("variants")
+    if not found or not settings.get("trace") or not isinstance(domains, dict):
+        return False
+    known = any(isinstance(variants, dict) and found[2] in variants for variants in domains.values())
+    return known and int(found[1]) < len(inputs)
+
+
+def answer_line(index: int, question: Question, variant: str, text: str, traced: bool) -> dict[str, Any]:
+    """What the log says of an answer."""
+    line = {"index": index} | question.record | {"variant": variant, "answer": text.removeprefix(" ")}
+    if question.expected is not None:
+        line["right"] = is_right(text, question.expected)
+    return line | ({"trace": trace_file(index, variant)} if traced else {})
+
+
+def check_lines(log: RunLog, questions: Sequence[Question], names: Sequence[str], traced: bool) -> None:
+    """Raises ValueError for a line that this run does not write."""
+    for position, entry in enumerate(log.entries):
+        index, row = divmod(position, len(names))
+        line = index < len(questions) and answer_line(
+            index, questions[index], names[row], f"{entry.get('answer')}", traced
+        )
+        if entry != line:
+            raise ValueError(f"{log.path}: line {position + 1} is not a line of this run")
 
 
 def answer_one(asking: Asking) -> None:
@@ -500,6 +521,7 @@ def answer_all(asking: Asking) -> None:
     inputs = [question.record for question in questions]
     path = Path(args.outdir) / "answers.jsonl"
     with RunLog(path, asking.settings(), inputs, overwrite=args.overwrite, is_own=is_trace_file) as log:
+        check_lines(log, questions, names, args.trace)
         done = len(log.entries) // len(names)
         with Progress(len(questions), done, "question") as progress:
             for batch in cut_batches(questions, args.batch_size):
@@ -508,22 +530,15 @@ def answer_all(asking: Asking) -> None:
                 try:
                     answers = asking.answer(batch)
                 except ValueError as error:
-                    raise ValueError(f"{args.questions}: entries {batch.start} to {batch.stop - 1}: {error}") from None
+                    where = f"entry {batch.start}" + f" to {batch.stop - 1}" * (len(batch) > 1)
+                    raise ValueError(f"{args.questions}: {where}: {error}") from None
                 lines = []
                 for row, index in enumerate(batch):
                     for name in names:
                         text, tokens, trace = answers[name][row]
-                        line = (
-                            {"index": index}
-                            | questions[index].record
-                            | {"variant": name, "answer": text.removeprefix(" ")}
-                        )
-                        if (expected := questions[index].expected) is not None:
-                            line["right"] = is_right(text, expected)
+                        lines.append(answer_line(index, questions[index], name, text, args.trace))
                         if args.trace:
-                            line["trace"] = trace_file(index, name)
-                            write_trace(log.directory / line["trace"], tokens.cpu().numpy(), trace)
-                        lines.append(line)
+                            write_trace(log.directory / lines[-1]["trace"], tokens.cpu().numpy(), trace)
                 log.add(batch.start * len(names), lines)
                 progress.add(min(len(batch), batch.stop - done))
         print(f"{len(questions) - done} questions answered ({done} were done already): {log.path}")

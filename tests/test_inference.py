@@ -214,7 +214,7 @@ def test_a_trace_tells_what_a_plain_loop_finds_at_every_token(golden, bank, dola
         bias = 0.0
         if fused:
             p_hat = rerank_with_dola_static_siglip(
-                golden.model.vision_model.vision_tower, batch.pixel_values[0], bank, 2, 0.1, tau=0.2
+                golden.model.vision_model.vision_tower, batch.pixel_values[0], bank, 2, switches.alpha_V, tau=0.2
             )
             words = [first_token_ids(golden.processor.tokenizer, text) for text in CANDIDATES]
             bias = 0.5 * vision_prior(p_hat[0], words, 384).double()
@@ -258,6 +258,7 @@ def test_rerank_mapping_dola_and_fusion_give_the_tokens_of_a_plain_loop(golden, 
         use_dola_lm_static=use_dola_lm,
         fixed_layer_llm=3,
         fixed_layer_vit=2,
+        alpha_V=0.1,
         alpha_L=0.02,
         lambda_mm=0.5,
         mm_topk_for_T=2,
@@ -276,7 +277,7 @@ def test_rerank_mapping_dola_and_fusion_give_the_tokens_of_a_plain_loop(golden, 
         return_tokens=True,
     )
     tower, pixels = golden.model.vision_model.vision_tower, golden.tensors["und.pixel_values"][0]
-    p_hat = rerank_with_dola_static_siglip(tower, pixels, bank, 2, 0.1, tau=0.2)[0].double()
+    p_hat = rerank_with_dola_static_siglip(tower, pixels, bank, 2, switches.alpha_V, tau=0.2)[0].double()
     r_V = torch.full((384,), math.log(1e-12) if miss is None else miss, dtype=torch.float64)
     best = p_hat.topk(2).indices.tolist()
     words = {c: first_token_ids(golden.processor.tokenizer, CANDIDATES[c]) for c in best}
@@ -586,6 +587,32 @@ def test_a_killed_batch_resumes_to_the_same_bytes(monkeypatch, tmp_path):
         file.write(whole[whole.index(b'{"index": 2') :].split(b"\n")[0] + b"\n")  # part of a batch
     run(monkeypatch, *options, "--outdir", tmp_path / "killed")
     assert (tmp_path / "killed" / "answers.jsonl").read_bytes() == whole and len(asked) == 8
+
+
+def test_a_log_that_somebody_changed_is_refused_in_one_line_and_a_strange_run_can_be_overwritten(
+    monkeypatch, capsys, tmp_path
+):
+    questions, outdir = write_questions(tmp_path, {"question": "One?"}, {"question": "Two?"}), tmp_path / "out"
+    run(monkeypatch, "--questions", questions, "--outdir", outdir)
+    log = (outdir / "answers.jsonl").read_bytes()
+    for changed in (
+        log.replace(b'"index": 1', b'"index": 0'),
+        log.replace(b'"variant": "baseline"', b'"variant": "x"'),
+        log.replace(b'"question"', b'"asked"'),
+        b"{}\n",
+        log + log.split(b"\n")[1] + b"\n",
+    ):
+        (outdir / "answers.jsonl").write_bytes(changed)
+        with pytest.raises(SystemExit) as end:
+            run(monkeypatch, "--questions", questions, "--outdir", outdir)
+        assert end.value.code == 2 and "is not a line of this run" in capsys.readouterr().err.splitlines()[-1]
+        assert (outdir / "answers.jsonl").read_bytes() == changed
+    settings = json.loads((outdir / "run.json").read_text(encoding="utf-8"))
+    for variants in ([], {"default": 3}, None):
+        settings["settings"] = {"variants": variants, "trace": True}
+        (outdir / "run.json").write_text(json.dumps(settings), encoding="utf-8")
+        run(monkeypatch, "--questions", questions, "--outdir", outdir, "--overwrite")
+        assert (outdir / "answers.jsonl").read_bytes() == log
 
 
 def test_another_run_is_not_overwritten_unless_asked(monkeypatch, capsys, tmp_path):
