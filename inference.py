@@ -24,7 +24,15 @@ from PIL import Image
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 
-from dola_runtime import DEFAULT_ALPHA, DEFAULT_LAYER_RATIO, check_alpha, check_gamma, check_number, check_temperature
+from dola_runtime import (
+    DEFAULT_ALPHA,
+    DEFAULT_LAYER_RATIO,
+    check_alpha,
+    check_gamma,
+    check_layer,
+    check_number,
+    check_temperature,
+)
 from generation_inference import format_question
 from janus.dola.cli import (
     CommandParser,
@@ -45,6 +53,8 @@ from janus.dola.rerank import (
     build_text_bank,
     find_text_encoder,
     siglip_temperature,
+    tower_depth,
+    vision_layer,
 )
 from janus.dola.switches import DoLaSwitches
 from janus.dola.variants import LAYER_KEYWORDS, fill_variant, parse_variants
@@ -336,6 +346,7 @@ def check_options(parser: CommandParser, args: argparse.Namespace) -> None:
     check_alpha(DEFAULT_ALPHA if args.alpha is None else args.alpha)
     check_gamma(1.0 if args.gamma is None else args.gamma)
     check_temperature(1.0 if args.temperature is None else args.temperature)
+    check_number("tau", 1.0 if args.tau is None else args.tau, 1e-6, 1e6)
     check_number("top_p", 1.0 if args.top_p is None else args.top_p, 1e-6, 1.0)
     check_number("repetition_penalty", args.repetition_penalty, 1e-6, 1e6)
 
@@ -417,8 +428,11 @@ class Asking:
         _, self.processor, self.model = load_pretrained_model(args.model, args.dtype, args.device)
         for variant in (variant for variants in self.variants.values() for variant in variants.values()):
             DoLaLogitsProcessor(self.model.language_model, **(variant["dola"] or {}))
-        self.tau, self.banks = args.tau, {}
+        self.tau, self.banks = 1.0, {}
         if lists := {question.candidates for question in questions if question.candidates}:
+            tower = self.model.vision_model.vision_tower
+            for switches in filter(None, self.switches.values()):
+                check_layer(vision_layer(tower, switches), tower_depth(tower))
             siglip, tokenizer = find_text_encoder(args.model, args.text_encoder)
             self.tau = siglip_temperature(siglip) if args.tau is None else args.tau
             self.banks = {texts: build_text_bank(siglip, tokenizer, texts) for texts in lists}
@@ -447,7 +461,7 @@ class Asking:
                     switches,
                     [question.candidates for question in asked],
                     banks,
-                    self.tau or 1.0,
+                    self.tau,
                     MISSES[args.miss or "floor"],
                     not args.no_norm,
                 )

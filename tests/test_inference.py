@@ -678,6 +678,7 @@ def test_a_bad_entry_is_named_in_one_line_and_what_was_done_stays(monkeypatch, c
         (["--questions", "q.json", "--stream"], "--stream goes with --question"),
         (["--question", "?", "--trace", "--num_beams", 2], "--trace follows one sequence"),
         (["--question", "?", "--temperature", 0], "temperature must be in [1e-06, 1e+06], got 0.0"),
+        (["--question", "?", "--config", "c.json", "--tau", 0], "tau must be in [1e-06, 1e+06], got 0.0"),
         (["--question", "?", "--top_p", 1.5], "top_p must be in [1e-06, 1], got 1.5"),
         (["--question", "?", "--repetition_penalty", 0], "repetition_penalty must be in [1e-06, 1e+06], got 0.0"),
         (["--question", "?", "--compare", "cfg=3"], "variant 'cfg3': answers are not guided"),
@@ -692,6 +693,21 @@ def test_options_that_cannot_be_end_with_exit_code_2(monkeypatch, capsys, option
     with pytest.raises(SystemExit) as end:
         run(monkeypatch, *options)
     assert end.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_layer_beyond_the_tower_ends_the_command_before_an_old_run_can_go(
+    monkeypatch, capsys, tmp_path, text_encoder
+):
+    questions = write_questions(tmp_path, {"image": "sample.png", "question": "One?", "candidates": ["a"]})
+    options = ["--questions", questions, "--text_encoder", text_encoder, "--outdir", tmp_path / "out", "--config"]
+    for name, layer in (("fits", 2), ("beyond", 9)):
+        DoLaSwitches(fixed_layer_vit=layer).to_json(tmp_path / f"{name}.json")
+    run(monkeypatch, *options, tmp_path / "fits.json")
+    done = (tmp_path / "out" / "answers.jsonl").read_bytes()
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, *options, tmp_path / "beyond.json", "--overwrite")
+    assert end.value.code == 2 and "layer must be in 1..4, got 9" in capsys.readouterr().err.splitlines()[-1]
+    assert (tmp_path / "out" / "answers.jsonl").read_bytes() == done
 
 
 def test_candidates_need_a_text_encoder(monkeypatch, capsys, tmp_path):
