@@ -62,10 +62,14 @@ def format_image_prompt(vl_chat_processor, text: str) -> str:
     return render_chat(vl_chat_processor, [text]) + vl_chat_processor.image_start_tag
 
 
-def format_question(vl_chat_processor, question: str, num_images: int = 1) -> str:
-    """The question, behind as many images, as the chat string that asks for its answer."""
-    content = f"{vl_chat_processor.image_tag}\n" * num_images + question
-    return render_chat(vl_chat_processor, [content], vl_chat_processor.system_prompt)
+def format_question(vl_chat_processor, question: str | Sequence[str], num_images: int = 1) -> str:
+    """The question, behind as many images, as the chat string that asks for its answer.
+
+    A chat is its turns, the user's first and last; the images are shown in the first.
+    """
+    first, *others = [question] if isinstance(question, str) else question
+    content = f"{vl_chat_processor.image_tag}\n" * num_images + first
+    return render_chat(vl_chat_processor, [content, *others], vl_chat_processor.system_prompt)
 
 
 def pack_prompts(

@@ -82,7 +82,7 @@ from janus.dola.shards import (
 )
 from janus.dola.switches import DoLaSwitches
 from janus.dola.text_encoder import find_text_encoder
-from janus.dola.variants import LAYER_KEYWORDS, parse_variants
+from janus.dola.variants import LAYER_KEYWORDS, fill_variant, parse_variants
 
 EXAMPLE_PROMPTS = Path(__file__).parent / "examples" / "prompt.json"
 MAX_IMAGES_PER_BATCH = {"cpu": 64, "cuda": 256}
@@ -344,9 +344,7 @@ def read_variants(parser: CommandParser, args: argparse.Namespace) -> dict[str, 
     specs = ["baseline", "dola"] if args.ab else args.compare or ["baseline" if args.no_dola else single]
     variants = {}
     for name, own in parse_variants(specs).items():
-        names_layer = any(keyword in own for keyword in LAYER_KEYWORDS)
-        kept = {keyword: x for keyword, x in usual.items() if not (names_layer and keyword in LAYER_KEYWORDS)}
-        variants[name] = kept | own
+        variants[name] = fill_variant(own, usual)
         check_alpha(variants[name]["alpha"])
         check_gamma(variants[name]["gamma"])
         check_temperature(variants[name]["temperature"])

@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 import sys
@@ -13,14 +14,15 @@ from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipModel
 
 import inference
 from conftest import GOLDEN
-from inference import answer, answer_with_dola, answer_with_dola_static, answer_with_switches
+from inference import answer, answer_batch, answer_with_dola, answer_with_dola_static, answer_with_switches
 from janus.dola.cli import JANUS_TINY, run_command
-from janus.dola.fusion import first_token_ids
+from janus.dola.fusion import TowerPrior, first_token_ids, vision_prior
 from janus.dola.rerank import rerank_with_dola_static_siglip
 from janus.dola.switches import DoLaSwitches
 from janus.models import MultiModalityCausalLM
 from tools import scenes
 
+ONE = torch.tensor([1])
 SAMPLE, QUESTION = GOLDEN / "sample.png", "What is in this image?"
 CANDIDATES = ("A red circle", "blue", "画一只在草地上的狗")  # the first and the last begin as unfused answers go on
 
@@ -30,22 +32,42 @@ def bank() -> Tensor:
     return torch.randn(len(CANDIDATES), 32, generator=torch.Generator().manual_seed(5))
 
 
-@torch.no_grad()
 def plain_greedy(golden, steps: int, alpha: float, layers: list[int], bias: Tensor | float = 0.0) -> list[int]:
-    """DoLa (and a bias on F) as a loop over `output_hidden_states`, without hooks or cache, from logits in float64."""
-    lm, tokens = golden.model.language_model, []
-    embeds = golden.tensors["und.inputs_embeds"]
+    return [step["token"] for step in plain_steps(golden, steps, alpha, layers, bias)]
+
+
+@torch.no_grad()
+def plain_steps(
+    golden, steps: int, alpha: float, layers: list[int], bias: Tensor | float = 0.0, embeds: Tensor | None = None
+) -> list[dict[str, Any]]:
+    """DoLa (and a bias on F) as a loop over `output_hidden_states`, without hooks or cache, from logits in float64.
+
+    With it, of each step, the distributions, their divergence, and the layer.
+    """
+    lm, told = golden.model.language_model, []
+    embeds = golden.tensors["und.inputs_embeds"] if embeds is None else embeds
     for _ in range(steps):
         states = lm.model(inputs_embeds=embeds, output_hidden_states=True).hidden_states
         q_N = lm.lm_head(states[-1][0, -1]).double().softmax(-1)
         q = [lm.lm_head(lm.model.norm(states[layer][0, -1])).double().softmax(-1) for layer in layers]
         jsd = [((q_N * (2 * q_N / (q_N + x)).log()).sum() + (x * (2 * x / (q_N + x)).log()).sum()) / 2 for x in q]
-        q_j = q[max(range(len(q)), key=lambda i: jsd[i])] if q else torch.ones_like(q_N)
-        F = (q_N / q_j).log().masked_fill(q_N < alpha * q_N.max(), -math.inf)
+        best = max(range(len(q)), key=lambda i: jsd[i]) if q else None
+        F = (q_N / (1.0 if best is None else q[best])).log().masked_fill(q_N < alpha * q_N.max(), -math.inf)
         joint = F + bias
-        tokens.append(int((joint if (joint > -math.inf).any() else F).argmax()))
-        embeds = torch.cat([embeds, lm.get_input_embeddings()(torch.tensor([[tokens[-1]]]))], dim=1)
-    return tokens
+        joint = joint if (joint > -math.inf).any() else F
+        p_hat, token = joint.softmax(-1), int(joint.argmax())
+        m = (q_N + p_hat) / 2
+        step = {
+            "token": token,
+            "q_N": q_N,
+            "q_j": q_N if best is None else q[best],
+            "p_hat": p_hat,
+            "jsd": ((q_N * (q_N / m).log()).sum() + torch.special.xlogy(p_hat, p_hat / m).sum()) / 2,
+            "argmax_changed": token != int(q_N.argmax()),
+        }
+        told.append(step if best is None else step | {"layer": layers[best]})
+        embeds = torch.cat([embeds, lm.get_input_embeddings()(torch.tensor([[token]]))], dim=1)
+    return told
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
@@ -117,6 +139,104 @@ def test_a_question_on_text_and_one_on_two_images_are_answered(golden):
     assert answer(golden.model, golden.processor, [SAMPLE, SAMPLE], "Same?", max_new_tokens=3)
 
 
+LENGTHS = (
+    ([], "画一只在草地上的狗。"),
+    ([SAMPLE], QUESTION),
+    ([SAMPLE, SAMPLE], "Same?"),
+    ([SAMPLE], ("What colour?", "blue", "And the other one, the one that is behind it?")),
+)
+
+
+@pytest.mark.parametrize(
+    "dola",
+    [
+        None,
+        {"layer": 3, "alpha": 0.0},
+        {"layer": 2, "norm": False, "alpha": 0.0},
+        {"candidate_layers": [1, 3, 5], "alpha": 0.01},
+        {"gamma": 0.0},
+    ],
+)
+@pytest.mark.parametrize("beams", [1, 3])
+def test_questions_of_any_length_and_number_of_images_are_answered_together_as_alone(golden, dola, beams: int):
+    usual: dict[str, Any] = {"dola": dola, "max_new_tokens": 8, "num_beams": beams}
+    together = answer_batch(golden.model, golden.processor, LENGTHS, **usual)
+    for asked, (text, tokens, _) in zip(LENGTHS, together, strict=True):
+        alone = answer_batch(golden.model, golden.processor, [asked], **usual)[0]
+        assert tokens.tolist() == alone.tokens.tolist() and text == alone.text
+
+
+def test_an_answer_ends_at_its_own_end_though_others_in_the_batch_go_on(golden):
+    usual: dict[str, Any] = {"dola": {"layer": 3, "alpha": 0.0}, "max_new_tokens": 8}
+    alone = [answer_batch(golden.model, golden.processor, [q], **usual)[0].tokens.tolist() for q in LENGTHS]
+    end = alone[0][4]  # from here on, as if this were the end
+    cut = [tokens[: tokens.index(end) + 1 if end in tokens else None] for tokens in alone]
+    assert len({len(tokens) for tokens in cut}) > 2
+    processor = copy.deepcopy(golden.processor)
+    processor.tokenizer.eos_token = processor.tokenizer.convert_ids_to_tokens(end)
+    together = answer_batch(golden.model, processor, LENGTHS, **usual)
+    assert [answer.tokens.tolist() for answer in together] == cut
+
+
+def test_each_question_of_a_batch_is_fused_with_its_own_candidates(golden, bank):
+    switches = DoLaSwitches(fixed_layer_llm=3, fixed_layer_vit=2, lambda_mm=0.9)
+    asked = [LENGTHS[i] for i in (1, 2, 3)]
+    texts, banks = [CANDIDATES, CANDIDATES[:2], CANDIDATES], [bank, bank[:2], bank]
+    usual: dict[str, Any] = {"dola": {"layer": 3}, "max_new_tokens": 6}
+    together = answer_batch(
+        golden.model, golden.processor, asked, prior=TowerPrior(switches, texts, banks, tau=0.2), **usual
+    )
+    for i in range(3):
+        prior = TowerPrior(switches, [texts[i]], [banks[i]], tau=0.2)
+        alone = answer_batch(golden.model, golden.processor, [asked[i]], prior=prior, **usual)
+        assert together[i].tokens.tolist() == alone[0].tokens.tolist()
+    unfused = answer_batch(golden.model, golden.processor, asked, **usual)
+    assert [a.tokens.tolist() for a in together] != [a.tokens.tolist() for a in unfused]
+
+
+@pytest.mark.parametrize(
+    ("dola", "alpha", "layers"),
+    [
+        (None, 0.0, []),
+        ({"layer": 3, "alpha": 0.02}, 0.02, [3]),
+        ({"candidate_layers": [1, 3, 5], "alpha": 0.0}, 0.0, [1, 3, 5]),
+        ({"gamma": 0.0, "alpha": 0.3}, 0.3, []),
+    ],
+)
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_trace_tells_what_a_plain_loop_finds_at_every_token(golden, bank, dola, alpha, layers, fused: bool):
+    asked = [LENGTHS[i] for i in (3, 1)]  # padded, and not
+    switches = DoLaSwitches(fixed_layer_vit=2, lambda_mm=0.5, alpha_L=0.0)
+    prior = TowerPrior(switches, [CANDIDATES] * 2, [bank] * 2, tau=0.2) if fused else None
+    options: dict[str, Any] = {"dola": dola, "prior": prior, "trace": 4, "max_new_tokens": 6}
+    for row, given in enumerate(answer_batch(golden.model, golden.processor, asked, **options)):
+        batch = inference.prepare_question(golden.model, golden.processor, *asked[row])
+        bias = 0.0
+        if fused:
+            p_hat = rerank_with_dola_static_siglip(
+                golden.model.vision_model.vision_tower, batch.pixel_values[0], bank, 2, switches.alpha_V, tau=0.2
+            )
+            words = [first_token_ids(golden.processor.tokenizer, text) for text in CANDIDATES]
+            bias = 0.5 * vision_prior(p_hat[0], words, 384).double()
+        steps = plain_steps(golden, 6, alpha, layers, bias, embeds=inference.embed_inputs(golden.model, batch))
+        assert [step.pop("token") for step in steps] == given.tokens.tolist()
+        assert ("layer" in given.trace) == bool(layers)
+        for t, step in enumerate(steps):
+            assert given.trace["argmax_changed"][t] == step["argmax_changed"]
+            assert given.trace["jsd"][t] == pytest.approx(step["jsd"].item(), abs=1e-5)
+            assert not layers or given.trace["layer"][t] == step["layer"]
+            for name in ("q_N", "q_j", "p_hat"):
+                p, tokens = step[name].topk(4)
+                found, at = given.trace[name][t], given.trace[f"{name}_tokens"][t]
+                assert found == pytest.approx(p.numpy(), abs=1e-5)
+                assert at[found > 0].tolist() == tokens[p > 0].tolist()
+
+
+def test_a_trace_of_beams_is_refused(golden):
+    with pytest.raises(ValueError, match="cannot be of beams"):
+        answer_batch(golden.model, golden.processor, LENGTHS, trace=1, num_beams=2)
+
+
 def test_an_object_with_the_interfaces_names_is_enough(golden):
     names = ("language_model", "vision_model", "prepare_inputs_embeds")
     foreign = SimpleNamespace(**{name: getattr(golden.model, name) for name in names})
@@ -138,6 +258,7 @@ def test_rerank_mapping_dola_and_fusion_give_the_tokens_of_a_plain_loop(golden, 
         use_dola_lm_static=use_dola_lm,
         fixed_layer_llm=3,
         fixed_layer_vit=2,
+        alpha_V=0.1,
         alpha_L=0.02,
         lambda_mm=0.5,
         mm_topk_for_T=2,
@@ -156,7 +277,7 @@ def test_rerank_mapping_dola_and_fusion_give_the_tokens_of_a_plain_loop(golden, 
         return_tokens=True,
     )
     tower, pixels = golden.model.vision_model.vision_tower, golden.tensors["und.pixel_values"][0]
-    p_hat = rerank_with_dola_static_siglip(tower, pixels, bank, 2, 0.1, tau=0.2)[0].double()
+    p_hat = rerank_with_dola_static_siglip(tower, pixels, bank, 2, switches.alpha_V, tau=0.2)[0].double()
     r_V = torch.full((384,), math.log(1e-12) if miss is None else miss, dtype=torch.float64)
     best = p_hat.topk(2).indices.tolist()
     words = {c: first_token_ids(golden.processor.tokenizer, CANDIDATES[c]) for c in best}
@@ -284,6 +405,149 @@ def test_a_config_runs_rerank_mapping_dola_and_fusion(golden, monkeypatch, capsy
     )
 
 
+def test_flags_win_over_the_config(golden, monkeypatch, capsys, tmp_path):
+    DoLaSwitches(fixed_layer_llm=1, alpha_L=0.5, use_dola_lm_static=False).to_json(tmp_path / "s.json")
+    usual = ["--image", SAMPLE, "--question", QUESTION, "--config", tmp_path / "s.json", "--alpha", 0]
+    for options, dola in (
+        (["--layer", 3], {"layer": 3}),
+        (["--layer_ratio", 0.4], {"layer": 2}),
+        (["--candidate_layers", "1,3,5"], {"candidate_layers": [1, 3, 5]}),
+        (["--layer", 3, "--gamma", 0.5, "--no_norm"], {"layer": 3, "gamma": 0.5, "norm": False}),
+    ):
+        run(monkeypatch, *usual, *options)
+        asked = [([SAMPLE], QUESTION)]
+        expected = answer_batch(golden.model, golden.processor, asked, dola={"alpha": 0.0} | dola, max_new_tokens=6)
+        assert capsys.readouterr().out == expected[0].text.removeprefix(" ") + "\n"
+
+
+def test_each_question_is_read_with_the_switches_of_its_domain(golden, monkeypatch, tmp_path):
+    domains = {"one": DoLaSwitches(fixed_layer_llm=1, alpha_L=0.0), "three": DoLaSwitches(fixed_layer_llm=3, alpha_L=0)}
+    DoLaSwitches(fixed_layer_llm=5, alpha_L=0.0).to_json(tmp_path / "s.json", domains)
+    entries = [{"question": "Which?", "image": "sample.png"} for _ in range(4)]
+    for entry, domain in zip(entries, ("one", "three", "one"), strict=False):
+        entry["domain"] = domain
+    questions = write_questions(tmp_path, *entries)
+    run(monkeypatch, "--questions", questions, "--config", tmp_path / "s.json", "--outdir", tmp_path / "out")
+    given = lines(tmp_path / "out" / "answers.jsonl")
+    for line, layer in zip(given, (1, 3, 1, 5), strict=True):
+        expected = answer_with_dola_static(
+            golden.model, golden.processor, SAMPLE, "Which?", layer=layer, alpha=0.0, max_new_tokens=6
+        )
+        assert line["answer"] == expected.removeprefix(" ")
+    assert len({line["answer"] for line in given}) == 3
+    settings = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))["settings"]
+    assert [settings["switches"][name]["fixed_layer_llm"] for name in ("one", "three", "default")] == [1, 3, 5]
+
+
+def test_miss_reaches_the_prior(golden, monkeypatch, capsys, tmp_path, text_encoder):
+    switches = DoLaSwitches(fixed_layer_vit=2, use_dola_lm_static=False, alpha_L=0.0, lambda_mm=1.0)
+    switches.to_json(tmp_path / "s.json")
+    options = ["--config", tmp_path / "s.json", "--tau", 0.5, "--text_encoder", text_encoder, "--candidates", "blue"]
+    bank = inference.build_text_bank(*inference.find_text_encoder("", str(text_encoder)), ["blue"])
+    usual: dict[str, Any] = {"candidates": ["blue"], "text_bank": bank, "tau": 0.5, "max_new_tokens": 6}
+    printed = []
+    for name, miss in (("floor", None), ("zero", 0.0), ("forbid", -math.inf)):
+        run(monkeypatch, "--image", SAMPLE, "--question", QUESTION, *options, "--miss", name)
+        expected = answer_with_switches(golden.model, golden.processor, SAMPLE, QUESTION, switches, miss=miss, **usual)
+        printed.append(capsys.readouterr().out)
+        assert printed[-1] == expected.removeprefix(" ") + "\n"
+    assert printed[0] != printed[1]
+
+
+def test_several_decodings_answer_side_by_side(golden, monkeypatch, capsys, tmp_path):
+    specs = {"baseline": None, "layer3_alpha0": {"layer": 3, "alpha": 0.0}, "exit1-5_alpha0.01": {}}
+    specs["exit1-5_alpha0.01"] = {"candidate_layers": [1, 5], "alpha": 0.01}
+    compare = ["--compare", "baseline", "layer=3,alpha=0", "exit=1,5,alpha=0.01"]
+    asked = [([SAMPLE], QUESTION)]
+    expected = {
+        name: answer_batch(golden.model, golden.processor, asked, dola=dola, max_new_tokens=6)[0].text.removeprefix(" ")
+        for name, dola in specs.items()
+    }
+    run(monkeypatch, "--image", SAMPLE, "--question", QUESTION, *compare)
+    assert capsys.readouterr().out == "".join(f"{name}: {text}\n" for name, text in expected.items())
+    entries = [{"image": "sample.png", "question": QUESTION, "answer": expected["baseline"]}] * 2
+    run(monkeypatch, "--questions", write_questions(tmp_path, *entries), *compare, "--outdir", tmp_path / "out")
+    given = [(line["index"], line["variant"], line["answer"]) for line in lines(tmp_path / "out" / "answers.jsonl")]
+    assert given == [(i, name, text) for i in range(2) for name, text in expected.items()]
+    printed = capsys.readouterr().out
+    assert "baseline: accuracy 1.000 (2 of 2)\n" in printed
+    assert "layer3_alpha0: accuracy 0.000 (0 of 2), 2 answers are not those of baseline\n" in printed
+
+
+def test_a_trace_is_printed_for_one_question_and_written_for_many(golden, monkeypatch, capsys, tmp_path):
+    dola = ["--candidate_layers", "1,3,5", "--alpha", "0.01", "--trace"]
+    asked, tokenizer = [([SAMPLE], QUESTION)], golden.processor.tokenizer
+    keywords = {"candidate_layers": [1, 3, 5], "alpha": 0.01}
+    given = answer_batch(golden.model, golden.processor, asked, dola=keywords, trace=5, max_new_tokens=6)[0]
+    run(monkeypatch, "--image", SAMPLE, "--question", QUESTION, *dola)
+    printed = capsys.readouterr().out.split("\n")
+    assert printed[0] == given.text.removeprefix(" ") and len(printed) == 1 + 6 * 4 + 1
+    for t, token in enumerate(given.tokens.tolist()):
+        head, _, _, p_hat = printed[1 + 4 * t : 5 + 4 * t]
+        assert repr(tokenizer.decode([token])) in head and f"layer {given.trace['layer'][t]:2d}" in head
+        assert ("argmax changed" in head) == given.trace["argmax_changed"][t]
+        assert p_hat.replace(",", "").split()[:3] == [
+            "p_hat",
+            repr(tokenizer.decode([token])),
+            f"{given.trace['p_hat'][t][0]:.3f}",
+        ]
+    questions = write_questions(tmp_path, *({"image": "sample.png", "question": QUESTION} for _ in range(2)))
+    run(monkeypatch, "--questions", questions, *dola, "--outdir", tmp_path / "out")
+    for line in lines(tmp_path / "out" / "answers.jsonl"):
+        steps = lines(tmp_path / "out" / line["trace"])
+        assert [step["drawn"] for step in steps] == given.tokens.tolist()
+        assert [step["layer"] for step in steps] == given.trace["layer"].tolist()
+        top = [[token for token, _ in step["p_hat"]] for step in steps]
+        assert top == given.trace["p_hat_tokens"].tolist()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    run(monkeypatch, "--questions", questions, "--outdir", tmp_path / "out", "--overwrite")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["answers.jsonl", "mine.txt", "run.json"]
+
+
+def test_a_streamed_answer_is_the_printed_one(golden, monkeypatch, capsys):
+    options = ["--image", SAMPLE, "--question", QUESTION, "--layer", 3, "--alpha", 0]
+    run(monkeypatch, *options)
+    printed = capsys.readouterr().out
+    run(monkeypatch, *options, "--stream")
+    assert capsys.readouterr().out == printed
+
+
+def test_the_options_of_generate_reach_it(monkeypatch, tmp_path):
+    reached = []
+    monkeypatch.setattr(inference, "decode_answers", lambda *args, **options: reached.append(options) or [("a", ONE)])
+    for options in (
+        [],
+        ["--num_beams", 3, "--repetition_penalty", 1.5],
+        ["--temperature", 0.7, "--top_p", 0.9, "--top_k", 20],
+        ["--compare", "temperature=2"],
+    ):
+        run(monkeypatch, "--question", "?", *options)
+    usual = {"num_beams": 1, "repetition_penalty": 1.0, "do_sample": False, "max_new_tokens": 6}
+    assert reached == [
+        usual,
+        usual | {"num_beams": 3, "repetition_penalty": 1.5},
+        usual | {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "do_sample": True},
+        usual | {"temperature": 2.0, "do_sample": True},
+    ]
+
+
+def test_one_seed_gives_one_answer_and_another_seed_another(monkeypatch, capsys):
+    printed = []
+    for seed in (1, 1, 2):
+        run(monkeypatch, "--image", SAMPLE, "--question", QUESTION, "--temperature", 3, "--seed", seed)
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] != printed[2]
+
+
+def test_a_model_that_ends_its_answer_at_once_is_told_of_in_a_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(inference, "decode_answers", lambda *args, **options: [("", ONE)] * len(args[2].input_ids))
+    run(monkeypatch, "--question", "?")
+    out, err = capsys.readouterr()
+    assert out == "\n" and err == "note: the question: the model ended its answer before a word\n"
+    run(monkeypatch, "--questions", write_questions(tmp_path, *[{"question": "?"}] * 3), "--outdir", tmp_path / "out")
+    assert "baseline, 3 of 3 questions: the model ended its answer before a word" in capsys.readouterr().err
+
+
 def test_a_batch_writes_answers_and_accuracy(golden, monkeypatch, capsys, tmp_path):
     right = answer(golden.model, golden.processor, SAMPLE, QUESTION, max_new_tokens=6)
     questions = write_questions(
@@ -301,25 +565,54 @@ def test_a_batch_writes_answers_and_accuracy(golden, monkeypatch, capsys, tmp_pa
 
 def test_a_killed_batch_resumes_to_the_same_bytes(monkeypatch, tmp_path):
     questions = write_questions(
-        tmp_path, *({"image": "sample.png", "question": f"Number\u2028 {i}?"} for i in range(4))
+        tmp_path, *({"image": "sample.png", "question": f"Number\u2028 {i}?"} for i in range(5))
     )
-    run(monkeypatch, "--questions", questions, "--outdir", tmp_path / "whole")
+    options = ["--questions", questions, "--batch_size", 2, "--temperature", 2, "--compare", "baseline", "layer=3"]
+    run(monkeypatch, *options, "--outdir", tmp_path / "whole")
+    whole = (tmp_path / "whole" / "answers.jsonl").read_bytes()
     asked = []
 
-    def killed_at_the_third(*args, **kwargs):
+    def killed_at_the_second(*args, **kwargs):
         asked.append(args)
-        if len(asked) == 3:
+        if len(asked) == 4:  # two decodings of a batch
             raise KeyboardInterrupt
         return decode(*args, **kwargs)
 
-    decode = inference.decode_answer
-    monkeypatch.setattr(inference, "decode_answer", killed_at_the_third)
+    decode = inference.decode_answers
+    monkeypatch.setattr(inference, "decode_answers", killed_at_the_second)
     with pytest.raises(SystemExit) as end:
-        run(monkeypatch, "--questions", questions, "--outdir", tmp_path / "killed")
-    assert end.value.code == 130 and len(lines(tmp_path / "killed" / "answers.jsonl")) == 2
-    run(monkeypatch, "--questions", questions, "--outdir", tmp_path / "killed")
-    whole, killed = ((tmp_path / name / "answers.jsonl").read_bytes() for name in ("whole", "killed"))
-    assert whole == killed and len(asked) == 5
+        run(monkeypatch, *options, "--outdir", tmp_path / "killed")
+    assert end.value.code == 130 and len(lines(tmp_path / "killed" / "answers.jsonl")) == 4
+    with (tmp_path / "killed" / "answers.jsonl").open("ab") as file:
+        file.write(whole[whole.index(b'{"index": 2') :].split(b"\n")[0] + b"\n")  # part of a batch
+    run(monkeypatch, *options, "--outdir", tmp_path / "killed")
+    assert (tmp_path / "killed" / "answers.jsonl").read_bytes() == whole and len(asked) == 8
+
+
+def test_a_log_that_somebody_changed_is_refused_in_one_line_and_a_strange_run_can_be_overwritten(
+    monkeypatch, capsys, tmp_path
+):
+    questions, outdir = write_questions(tmp_path, {"question": "One?"}, {"question": "Two?"}), tmp_path / "out"
+    run(monkeypatch, "--questions", questions, "--outdir", outdir)
+    log = (outdir / "answers.jsonl").read_bytes()
+    for changed in (
+        log.replace(b'"index": 1', b'"index": 0'),
+        log.replace(b'"variant": "baseline"', b'"variant": "x"'),
+        log.replace(b'"question"', b'"asked"'),
+        b"{}\n",
+        log + log.split(b"\n")[1] + b"\n",
+    ):
+        (outdir / "answers.jsonl").write_bytes(changed)
+        with pytest.raises(SystemExit) as end:
+            run(monkeypatch, "--questions", questions, "--outdir", outdir)
+        assert end.value.code == 2 and "is not a line of this run" in capsys.readouterr().err.splitlines()[-1]
+        assert (outdir / "answers.jsonl").read_bytes() == changed
+    settings = json.loads((outdir / "run.json").read_text(encoding="utf-8"))
+    for variants in ([], {"default": 3}, None):
+        settings["settings"] = {"variants": variants, "trace": True}
+        (outdir / "run.json").write_text(json.dumps(settings), encoding="utf-8")
+        run(monkeypatch, "--questions", questions, "--outdir", outdir, "--overwrite")
+        assert (outdir / "answers.jsonl").read_bytes() == log
 
 
 def test_another_run_is_not_overwritten_unless_asked(monkeypatch, capsys, tmp_path):
@@ -342,7 +635,13 @@ def test_another_run_is_not_overwritten_unless_asked(monkeypatch, capsys, tmp_pa
         ({"image": "none.png", "question": "?"}, "entry 1: {folder}/none.png: file not found"),
         ({"image": "questions.json", "question": "?"}, "entry 1: {folder}/questions.json: not an image"),
         ({"image": 3, "question": "?"}, "entry 1: 'image' must be strings, found 3"),
-        ({"question": " "}, "entry 1: 'question' must be a text, found ' '"),
+        ({"question": " "}, "entry 1: 'question' must be a text, or a list of turns, found ' '"),
+        ({"question": ["?", 3, "?"]}, "entry 1: 'question' must be a text, or a list of turns, found ['?', 3, '?']"),
+        ({"question": ["?", "so"]}, "entry 1: 'question' must end with the user's turn, found 2 turns"),
+        ({"question": []}, "entry 1: 'question' must end with the user's turn, found 0 turns"),
+        ({"question": "?", "candidates": ["red"]}, "entry 1: candidates need an image to be ranked on"),
+        ({"question": "?", "domain": 1}, "entry 1: 'domain' must be a text, found 1"),
+        ({"question": "?", "domain": "far"}, "entry 1: a domain needs --config"),
         ({"question": "?", "answer": 2}, "entry 1: 'answer' must be a text, found 2"),
         ({"question": "?", "candidates": "red"}, "entry 1: 'candidates' must be strings, found 'red'"),
         ({"question": "?", "expected": "x"}, "entry 1: unknown key 'expected'"),
@@ -372,6 +671,18 @@ def test_a_bad_entry_is_named_in_one_line_and_what_was_done_stays(monkeypatch, c
         (["--question", "?", "--candidate_layers", ""], "candidate_layers [] hold no layer in 1..5"),
         (["--question", "?", "--candidates", "a"], "--candidates needs --config"),
         (["--question", "?", "--alpha", 0.2], "--alpha needs --layer"),
+        (["--question", "?", "--no_norm"], "--no_norm needs --layer"),
+        (["--question", "?", "--miss", "zero"], "--miss needs --config"),
+        (["--question", "?", "--config", "c.json", "--candidates", "a"], "--candidates need an --image"),
+        (["--question", "?", "--stream", "--num_beams", 2], "--stream goes with --question"),
+        (["--questions", "q.json", "--stream"], "--stream goes with --question"),
+        (["--question", "?", "--trace", "--num_beams", 2], "--trace follows one sequence"),
+        (["--question", "?", "--temperature", 0], "temperature must be in [1e-06, 1e+06], got 0.0"),
+        (["--question", "?", "--config", "c.json", "--tau", 0], "tau must be in [1e-06, 1e+06], got 0.0"),
+        (["--question", "?", "--top_p", 1.5], "top_p must be in [1e-06, 1], got 1.5"),
+        (["--question", "?", "--repetition_penalty", 0], "repetition_penalty must be in [1e-06, 1e+06], got 0.0"),
+        (["--question", "?", "--compare", "cfg=3"], "variant 'cfg3': answers are not guided"),
+        (["--question", "?", "--compare", "layer=9"], "layer must be in 1..6, got 9"),
         (["--questions", "q.json", "--image", SAMPLE], "--image goes with --question"),
         (["--questions", "nowhere.json"], "nowhere.json: file not found"),
         (["--question", "?", "--config", "nowhere.json"], "nowhere.json: file not found"),
@@ -382,6 +693,21 @@ def test_options_that_cannot_be_end_with_exit_code_2(monkeypatch, capsys, option
     with pytest.raises(SystemExit) as end:
         run(monkeypatch, *options)
     assert end.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_layer_beyond_the_tower_ends_the_command_before_an_old_run_can_go(
+    monkeypatch, capsys, tmp_path, text_encoder
+):
+    questions = write_questions(tmp_path, {"image": "sample.png", "question": "One?", "candidates": ["a"]})
+    options = ["--questions", questions, "--text_encoder", text_encoder, "--outdir", tmp_path / "out", "--config"]
+    for name, layer in (("fits", 2), ("beyond", 9)):
+        DoLaSwitches(fixed_layer_vit=layer).to_json(tmp_path / f"{name}.json")
+    run(monkeypatch, *options, tmp_path / "fits.json")
+    done = (tmp_path / "out" / "answers.jsonl").read_bytes()
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, *options, tmp_path / "beyond.json", "--overwrite")
+    assert end.value.code == 2 and "layer must be in 1..4, got 9" in capsys.readouterr().err.splitlines()[-1]
+    assert (tmp_path / "out" / "answers.jsonl").read_bytes() == done
 
 
 def test_candidates_need_a_text_encoder(monkeypatch, capsys, tmp_path):

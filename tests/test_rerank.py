@@ -1,6 +1,12 @@
+import copy
 import json
 import sys
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -25,6 +31,8 @@ from janus.dola.rerank import (
     tower_depth,
 )
 from janus.dola.switches import DoLaSwitches
+from janus.models import MultiModalityConfig
+from janus.models.modeling import SiglipTower
 from tolerance import assert_close, float32_error, terms_of
 
 
@@ -141,6 +149,68 @@ def test_a_timm_vision_transformer_is_read_with_its_prefix_tokens_and_before_its
             assert_close(row, x[:, 0] if num_prefix_tokens else x.mean(1), terms_of(vit))
 
 
+class Hollow(type):
+    """A class whose every attribute is its own name."""
+
+    def __getattr__(cls, name: str) -> str:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return name
+
+
+def hollow_class(name: str) -> Hollow:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return Hollow(name, (nn.Module,), {})
+
+
+class HollowTorchvision(MetaPathFinder, Loader):
+    """Finds a torchvision of nothing but hollow classes: timm imports it, its VisionTransformer needs none."""
+
+    def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
+        return ModuleSpec(name, self, is_package=True) if name.split(".")[0] == "torchvision" else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = ModuleType(spec.name)
+        module.__getattr__ = hollow_class
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def timm_transformer():
+    """timm's own VisionTransformer, without torchvision."""
+    if find_spec("timm") is None:
+        pytest.skip("timm is not installed: pip install --no-deps timm")
+    known = set(sys.modules)
+    sys.meta_path.append(finder := HollowTorchvision())
+    try:
+        return import_module("timm.models.vision_transformer").VisionTransformer
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision" and name not in known]:
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize(("global_pool", "class_token"), [("map", False), ("token", True), ("avg", True)])
+def test_timms_own_vision_transformer_is_read_on_its_own_path_at_every_layer(
+    timm_transformer, global_pool, class_token
+):
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 4, "num_classes": 5}
+    vit = timm_transformer(**sizes, global_pool=global_pool, class_token=class_token).eval()
+    images = torch.randn(2, 3, 32, 32)
+    pooled = pooled_features(vit, images, [4, 2, 1])
+    assert tower_depth(vit) == 4
+    for row, layer in zip(pooled, [4, 2, 1], strict=True):
+        shallow = copy.deepcopy(vit)
+        shallow.blocks = shallow.blocks[:layer]
+        with torch.no_grad():
+            assert_close(row, shallow.forward_head(shallow.forward_features(images), pre_logits=True), terms_of(vit))
+
+
 # --- texts -----------------------------------------------------------------------------------------------------------
 
 
@@ -152,6 +222,24 @@ def test_the_text_bank_is_siglips_reading_of_the_fully_padded_text(tokenizer):
         ids = torch.tensor([ids + [tokenizer.pad_token_id] * (16 - len(ids))])
         with torch.no_grad():
             assert_close(row, model.get_text_features(ids).pooler_output[0], terms_of(model.text_model))
+
+
+def test_the_published_text_encoder_of_the_towers_size_fits_it_part_by_part():
+    """google/siglip-large-patch16-384 beside the tower of the Janus family, without weights."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    text = {"vocab_size": 32_000, "max_position_embeddings": 64, "projection_size": 1024}
+    ids = {"bos_token_id": 1, "eos_token_id": 1}
+    with torch.device("meta"):
+        tower = SiglipTower(MultiModalityConfig().siglip)
+        siglip = SiglipModel(
+            SiglipConfig(text_config=sizes | text | ids, vision_config=sizes | {"image_size": 384, "patch_size": 16})
+        )
+        images, padded = torch.empty(2, 3, 384, 384), torch.zeros(5, 64, dtype=torch.long)
+        bank = siglip.text_model(padded).pooler_output
+        p_hat = rerank_with_dola_static_siglip(tower, images, bank, 20)
+    assert p_hat.shape == (2, 5) and tower_depth(tower) == tower_depth(siglip) == 24
+    own, published = ({k: v.shape for k, v in part.state_dict().items()} for part in (tower, siglip.vision_model))
+    assert own == published
 
 
 def test_tau_is_the_inverse_of_siglips_logit_scale(tokenizer):

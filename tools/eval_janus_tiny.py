@@ -8,7 +8,6 @@ import argparse
 import json
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +22,8 @@ from generation_inference import (
     sample_image_tokens,
     tokens_to_images,
 )
-from inference import format_question
-from janus.dola.inputs import embed_inputs
+from inference import answer_batch
 from janus.dola.loading import load_pretrained_model
-from janus.dola.logits_processor import DoLaLogitsProcessor
 from janus.dola.rerank import build_text_bank
 from janus.dola.text_encoder import load_text_encoder
 from janus.models import MultiModalityCausalLM, VLChatProcessor
@@ -107,24 +104,13 @@ def variants(cfg_weight: float) -> dict[str, Decoding]:
     return rows
 
 
-@torch.inference_mode()
 def answers(
     model: MultiModalityCausalLM, processor: VLChatProcessor, asked: Sequence[tuple[np.ndarray, str]], layer: int | None
 ) -> list[str]:
     """Greedy answers to (image, question) pairs; with DoLa where a layer is given."""
-    batch = processor.batchify([(format_question(processor, q), [Image.fromarray(image)]) for image, q in asked])
-    dola = None if layer is None else DoLaLogitsProcessor(model.language_model, layer=layer)
-    with dola or nullcontext():
-        ids = model.language_model.generate(  # pyright: ignore[reportAttributeAccessIssue]
-            inputs_embeds=embed_inputs(model, batch),
-            attention_mask=batch.attention_mask,
-            max_new_tokens=20,
-            do_sample=False,
-            eos_token_id=processor.tokenizer.eos_token_id,
-            pad_token_id=processor.pad_id,
-            logits_processor=[dola] if dola else [],
-        )
-    return [text.strip() for text in processor.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    questions = [(Image.fromarray(image), question) for image, question in asked]
+    dola = None if layer is None else {"layer": layer}
+    return [a.text.strip() for a in answer_batch(model, processor, questions, dola=dola, max_new_tokens=20)]
 
 
 def question_rates(

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from dola_runtime import DEFAULT_ALPHA
 from inference import answer, answer_with_dola, answer_with_dola_static, answer_with_switches, is_right
 from janus.dola.cli import JANUS_TINY
 from janus.dola.loading import load_pretrained_model
@@ -139,7 +140,7 @@ def main() -> None:
     args = parser.parse_args()
     _, processor, model = load_pretrained_model(args.model, "float32", "cpu")
     siglip, tokenizer = find_text_encoder(args.model, None)
-    switches = DoLaSwitches.from_json(args.config) if args.config else DoLaSwitches()
+    switches = DoLaSwitches.from_json(args.config) if args.config else DoLaSwitches(alpha_V=DEFAULT_ALPHA)
     found = {
         "tower": tower_table(model, processor, siglip, tokenizer, switches, args.count, args.noise),
         "questions": {},

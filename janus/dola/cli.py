@@ -80,8 +80,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", default="auto", help="float32, bfloat16, float16, or auto: bfloat16 on CUDA (default: %(default)s)")
 
 
-def add_dola_arguments(parser: argparse.ArgumentParser, default: str) -> None:
-    """The flags of a contrast; `default` says what is done where none names a layer."""
+def add_dola_arguments(parser: argparse.ArgumentParser, default: str, alpha: float = DEFAULT_ALPHA) -> None:
+    """The flags of a contrast; `default` says what is done where none names a layer, `alpha` is the usual one."""
     group = parser.add_argument_group("DoLa", "flags win over --config")
     add = group.add_argument
     add("--config", metavar="FILE", help="switches as JSON, with the layers and alphas (default: none)")
@@ -90,7 +90,7 @@ def add_dola_arguments(parser: argparse.ArgumentParser, default: str) -> None:
     layers("--layer", type=int, help=f"fixed contrast layer, 1..N; N is no contrast (default: {default})")
     layers("--layer_ratio", type=float, help="fixed contrast layer by depth, 0..1 (default: by --layer)")
     layers("--candidate_layers", type=parse_layers, help="early exit among these, as 22,24,26,28 (default: one layer)")
-    add("--alpha", type=float, help=f"plausibility threshold (APC), 0..1 (default: {DEFAULT_ALPHA:g})")
+    add("--alpha", type=float, help=f"plausibility threshold (APC), 0..1 (default: {alpha:g})")
     weight = group.add_mutually_exclusive_group().add_argument
     weight("--gamma", type=float, help="weight of the contrast, 0 is the mask alone (default: 1)")
     weight(

@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
 from dola_runtime import apc_mask
+from janus.dola.rerank import rerank_with_dola_static_siglip, vision_layer
+from janus.dola.switches import DoLaSwitches
 
 
 def first_token_ids(tokenizer, phrase: str) -> frozenset[int]:
@@ -63,6 +66,50 @@ def vision_prior(
     r_V = torch.full((*p_hat.shape[:-1], vocab_size), missed, device=p_hat.device)
     r_V[..., tokens] = (p @ begins).clamp(min=eps).log().masked_fill(kept @ begins == 0, missed)
     return r_V
+
+
+@dataclass(frozen=True)
+class TowerPrior:
+    """What the vision tower says of each question's candidates, for fusion: texts and embeddings `[C, width]` of each.
+
+    tau: the tower's temperature. miss: see `vision_prior`. norm: as in `DoLaLogitsProcessor`.
+    """
+
+    switches: DoLaSwitches
+    candidates: Sequence[Sequence[str]]
+    text_banks: Sequence[Tensor | None]
+    tau: float = 1.0
+    miss: float | None = None
+    norm: bool = True
+
+
+def read_tower(mmgpt, vl_chat_processor, batch, prior: TowerPrior) -> Tensor:
+    """`r_V` `[batch, vocab]`; the images of all questions with one text bank go through the tower together.
+
+    Several images of a question speak with their mean p_hat. Raises ValueError as `rerank_with_dola_static_siglip`
+    and `vision_prior` do, and for a question without an image or a text bank.
+    """
+    switches, tower, shown = prior.switches, mmgpt.vision_model.vision_tower, batch.images_emb_mask.any(-1)
+    vocab_size, layer = mmgpt.language_model.lm_head.weight.shape[0], vision_layer(tower, switches)
+    r_V = [torch.empty(0)] * len(shown)
+    for bank in {id(bank): bank for bank in prior.text_banks}.values():
+        rows = [i for i, of_question in enumerate(prior.text_banks) if of_question is bank]
+        if bank is None or not shown[rows].any(-1).all():
+            raise ValueError("candidates need an image to be ranked on and a text_bank of their embeddings")
+        p_hat = rerank_with_dola_static_siglip(
+            tower,
+            batch.pixel_values[rows][shown[rows]],
+            bank,
+            layer,
+            switches.alpha_V,
+            prior.tau,
+            gamma=switches.gamma_V,
+            norm=prior.norm,
+        )
+        for i, of_question in zip(rows, p_hat.split(shown[rows].sum(-1).tolist()), strict=True):
+            words = [first_token_ids(vl_chat_processor.tokenizer, candidate) for candidate in prior.candidates[i]]
+            r_V[i] = vision_prior(of_question.mean(0), words, vocab_size, switches.mm_topk_for_T, prior.miss)
+    return torch.stack(r_V)
 
 
 class VisionPriorLogitsProcessor(LogitsProcessor):

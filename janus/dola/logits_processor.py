@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
@@ -14,6 +15,7 @@ from dola_runtime import (
     compute_logprobs_from_hidden,
     contrast_layers,
     pick_contrast_layers,
+    trace_step,
 )
 from janus.dola.decoder_parts import find_decoder_parts
 
@@ -75,6 +77,8 @@ class DoLaLogitsProcessor(LogitsProcessor):
         self._states: dict[int, Tensor] = {}
         self._passes = 0
         self._length = -1
+        self.step: tuple[Tensor, Tensor, Tensor | None] | None = None
+        """Of the last step, up to a constant per row: log q_N, what it was contrasted with, and early exit's choice."""
 
     def __enter__(self) -> "DoLaLogitsProcessor":
         if self.layers:
@@ -89,6 +93,7 @@ class DoLaLogitsProcessor(LogitsProcessor):
             hook.remove()
         self._hooks.clear()
         self._states.clear()
+        self.step = None
         if self.layers:
             self.model.generation_config.disable_compile = self._disable_compile
 
@@ -103,10 +108,12 @@ class DoLaLogitsProcessor(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores `[rows, vocab]` of the last layer to `log p_hat`, same shape, dtype and device."""
         if not self.on:
+            self.step = scores, scores, None
             return scores
         log_qN = torch.log_softmax(scores.float(), dim=-1)
         log_qj = self._read_layers(input_ids, scores) if self.layers else log_qN[:0, None]
-        F, _, _ = contrast_layers(log_qN, log_qj, self.alpha, self.gamma)
+        F, chosen, choice = contrast_layers(log_qN, log_qj, self.alpha, self.gamma)
+        self.step = log_qN, chosen, choice
         return torch.log_softmax(F, dim=-1).to(scores)
 
     def _read_layers(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -120,3 +127,37 @@ class DoLaLogitsProcessor(LogitsProcessor):
                 "inside its context (`with DoLaLogitsProcessor(model) as dola`), without guidance_scale or an assistant"
             )
         return compute_logprobs_from_hidden(torch.stack(h_j), self.ln_out, self.phi)
+
+
+class TraceLogitsProcessor(LogitsProcessor):
+    """Keep what every step did; last in the list, behind a DoLa processor and what follows it (fusion).
+
+    Of each row: what `trace_step` tells of q_N (what transformers' penalties left), of q_j (q_N where nothing is
+    contrasted) and of p_hat (what comes in here, before temperature and warpers); `argmax_changed`, whether p_hat's
+    argmax is another than q_N's; and `layer`, the one contrasted with. Scores stay as they are.
+
+    Args:
+        dola: the DoLa processor of the same list.
+        top_k: how many of the most probable tokens to tell of.
+    """
+
+    def __init__(self, dola: DoLaLogitsProcessor, top_k: int = 5):
+        self.dola, self.top_k = dola, top_k
+        self.steps: list[dict[str, Tensor]] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        assert self.dola.step is not None
+        log_qN, log_qj, choice = self.dola.step
+        p_hat = scores.float().softmax(-1)
+        told = trace_step(log_qN, log_qj, p_hat, self.top_k)
+        told["argmax_changed"] = p_hat.argmax(-1) != log_qN.argmax(-1)
+        if layers := self.dola.layers:
+            told["layer"] = torch.tensor(layers, device=scores.device)[
+                torch.zeros_like(told["argmax_changed"], dtype=torch.long) if choice is None else choice
+            ]
+        self.steps.append({name: value.cpu() for name, value in told.items()})
+        return scores
+
+    def trace_of(self, row: int, length: int) -> dict[str, np.ndarray]:
+        """The first steps of a row: arrays `[length, ...]` by name."""
+        return {name: torch.stack([step[name][row] for step in self.steps[:length]]).numpy() for name in self.steps[0]}

@@ -195,7 +195,7 @@ def build_parser() -> CommandParser:
     add("--tau", type=float, help="temperature, above 0 (default: the text encoder's exp(-logit_scale))")
     add("--no_dola", action="store_true", help="rank by the last layer alone (default: DoLa)")
     add_model_arguments(parser)
-    add_dola_arguments(parser, "0.8 of the depth")
+    add_dola_arguments(parser, "0.8 of the depth", DoLaSwitches.alpha_V)
     return parser
 
 

@@ -18,7 +18,7 @@ class DoLaSwitches:
     use_dola_siglip_static, use_dola_lm_static, use_dola_gen_static: contrast in the tower, for words, in painting.
     lambda_mm: weight of the vision prior on the language side, in [0, 1]; 0 is no fusion.
     alpha_V, alpha_L, alpha_gen: plausibility thresholds of the tower, of words (lm_head) and of image codes (gen_head),
-        in [0, 1].
+        in [0, 1]. The tower's default is the least that did no harm among 5 to 13,536 captions (docs/understanding.md).
     gamma_V, gamma_L, gamma_gen: their contrasts' weights; 1 is DoLa, 0 leaves the mask alone.
     fixed_layer_vit, fixed_layer_llm, fixed_layer_gen: their contrast layers, counted from 1; None is 0.8 of the depth.
         The last two are both layers of the language model.
@@ -29,7 +29,7 @@ class DoLaSwitches:
     use_dola_lm_static: bool = True
     use_dola_gen_static: bool = True
     lambda_mm: float = 0.7
-    alpha_V: float = 0.1
+    alpha_V: float = 0.5
     alpha_L: float = 0.1
     alpha_gen: float = 0.1
     gamma_V: float = 1.0

@@ -72,6 +72,12 @@ def parse_variant(spec: str) -> dict[str, Any]:
     return values
 
 
+def fill_variant(own: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
+    """What a spec sets, and the command's own values for the rest; a spec that names layers replaces the command's."""
+    names_layer = any(keyword in own for keyword in LAYER_KEYWORDS)
+    return {k: x for k, x in usual.items() if not (names_layer and k in LAYER_KEYWORDS)} | own
+
+
 def variant_name(values: dict[str, Any]) -> str:
     """A short name for folders and manifests, the same for every spelling: `baseline`, `layer4_alpha0.5`, `exit2-4`."""
     parts = [kind for kind in ("baseline", "apc") if KINDS[kind].items() <= values.items()]
