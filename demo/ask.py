@@ -1,12 +1,13 @@
 """Questions about a picture: a conversation with the baseline and one with DoLa, token by token, and candidates."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from transformers import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 from demo.device import Device, Emit
@@ -18,8 +19,6 @@ from janus.dola.inputs import pixel_values
 from janus.dola.logits_processor import DoLaLogitsProcessor
 from janus.dola.rerank import build_text_bank, rerank_with_dola_static_siglip, siglip_temperature, vision_layer
 from janus.dola.switches import DoLaSwitches
-
-BASELINE: dict[str, Any] = {"use_dola": False}
 
 
 class Turn(NamedTuple):
@@ -41,8 +40,9 @@ class Ranking(NamedTuple):
 class Told(BaseStreamer):
     """Tells of an answer's text after each of its tokens."""
 
-    def __init__(self, tokenizer, tell):
-        self.tokenizer, self.tell, self.tokens = tokenizer, tell, []
+    def __init__(self, tokenizer, tell: Callable[[str], None]):
+        self.tokenizer, self.tell = tokenizer, tell
+        self.tokens: list[int] = []
 
     def put(self, value: torch.Tensor) -> None:
         self.tokens += value.flatten().tolist()
@@ -87,25 +87,25 @@ def answer_both(
 ) -> None:
     llm, turn = device.model.language_model, Turn(question)
 
-    def answer(side: str, processors: Sequence, tell) -> str:
+    def answer(side: str, processors: Sequence[LogitsProcessor], tell: Callable[[str], None]) -> str:
         said = [text for turn in turns for text in (turn.question, getattr(turn, side))]
         batch = prepare_chat(device, picture, [*said, question])
-        told = Told(device.tokenizer, tell)
-        options: Any = {"streamer": told, "max_new_tokens": max_new_tokens}
+        options: Any = {"streamer": Told(device.tokenizer, tell), "max_new_tokens": max_new_tokens}
         return str(decode_answer(device.model, device.processor, batch, processors, **options)).strip()
 
-    for side, keywords in (("baseline", BASELINE), ("dola", contrast)):
-        with DoLaLogitsProcessor(llm, **keywords) as dola:
-            turn = turn._replace(**{side: answer(side, [dola], lambda text: emit(turn._replace(**{side: text})))})
-            emit(turn)
-            if side == "dola" and picture is not None and candidates:
-                p_base, p_hat, layer = rank(device, picture, candidates, switches)
-                words = [first_token_ids(device.tokenizer, candidate) for candidate in candidates]
-                r_V = vision_prior(p_hat, words, llm.lm_head.weight.shape[0], switches.mm_topk_for_T)
-                prior = VisionPriorLogitsProcessor(r_V, switches.lambda_mm, 0.0 if dola.on else switches.alpha_L)
-                fused = answer(side, [dola, prior], lambda _: emit())
-                rows = list(zip(candidates, p_base.tolist(), p_hat.tolist(), strict=True))
-                emit(Ranking(sorted(rows, key=lambda row: -row[2]), layer, fused))
+    with DoLaLogitsProcessor(llm, use_dola=False) as off:
+        turn = turn._replace(baseline=answer("baseline", [off], lambda text: emit(Turn(question, text))))
+    with DoLaLogitsProcessor(llm, **contrast) as dola:
+        turn = turn._replace(dola=answer("dola", [dola], lambda text: emit(Turn(question, turn.baseline, text))))
+        emit(turn)
+        if picture is not None and candidates:
+            p_base, p_hat, layer = rank(device, picture, candidates, switches)
+            words = [first_token_ids(device.tokenizer, candidate) for candidate in candidates]
+            r_V = vision_prior(p_hat, words, llm.lm_head.weight.shape[0], switches.mm_topk_for_T)
+            prior = VisionPriorLogitsProcessor(r_V, switches.lambda_mm, 0.0 if dola.on else switches.alpha_L)
+            rows = list(zip(candidates, p_base.tolist(), p_hat.tolist(), strict=True))
+            fused = answer("dola", [dola, prior], lambda _: emit())
+            emit(Ranking(sorted(rows, key=lambda row: -row[2]), layer, fused))
 
 
 def prepare_chat(device: Device, picture: Path | None, turns: Sequence[str]):

@@ -1,13 +1,12 @@
 """The page: its parts, and what happens when they are used. The work itself is in paint, ask and layers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import pandas as pd
 
 from demo import ask, inputs, layers, paint, show
 from demo.device import Device, Stopped
@@ -29,12 +28,18 @@ QUESTIONS = (
 )
 ANSWERS = (
     ("star_above_diamond.png", "What is above the blue diamond?", "a yellow star"),
-    ("triangle_left_of_cross.png", "What is in the image?", "a green triangle left of a red cross on a gray background"),
+    (
+        "triangle_left_of_cross.png",
+        "What is in the image?",
+        "a green triangle left of a red cross on a gray background",
+    ),
 )
-CANDIDATES = "a large red circle on a white background\na large red square on a white background\na small blue circle on a white background"
+CANDIDATES = "a large red circle on a white background\na small blue square on a gray background"
 QUEUED: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "device", "show_progress": "minimal"}
 AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 LONGEST_QUEUE = 16
+SCROLL = "() => {{ if (innerWidth < 800) document.getElementById('{}').scrollIntoView({{behavior: 'smooth'}}) }}"
+"""On a phone the pictures stand below the form."""
 READY = show.status("")
 
 
@@ -74,13 +79,20 @@ def telling(status: gr.HTML | None = None) -> Callable[[Callable], Callable]:
     return decorate
 
 
-class Upload(gr.Image):
-    """The file of an uploaded picture, checked before anything reads it."""
+def upload(label: str) -> Any:
+    """A place for a picture, which a handler is given as a file that was checked before anything reads it."""
+    picture: Any = gr.Image(
+        label=label,
+        type="filepath",
+        image_mode=None,
+        sources=["upload", "clipboard"],
+        format="png",
+        height=240,
+        buttons=[],
+    )
+    move = picture.async_move_resource_to_block_cache
 
-    def get_block_name(self) -> str:
-        return "image"
-
-    def preprocess(self, payload) -> Path | None:
+    def read(payload) -> Path | None:
         if payload is None:
             return None
         with one_line():
@@ -88,17 +100,18 @@ class Upload(gr.Image):
                 raise ValueError("picture: expected an uploaded file")
             return inputs.check_picture(payload.path)
 
-    async def async_move_resource_to_block_cache(self, url_or_file_path):
+    async def move_files_alone(path):
         with one_line():
-            if f"{url_or_file_path}".lower().startswith(("http:", "https:")):
-                raise ValueError("picture: expected an uploaded file")  # nothing is fetched for a visitor
-        return await super().async_move_resource_to_block_cache(url_or_file_path)
+            if f"{path}".lower().startswith(("http:", "https:")):  # nothing is fetched for a visitor
+                raise ValueError("picture: expected an uploaded file")
+        return await move(path)
+
+    picture.preprocess, picture.async_move_resource_to_block_cache = read, move_files_alone
+    return picture
 
 
-def upload(label: str) -> Upload:
-    return Upload(
-        label=label, type="filepath", image_mode=None, sources=["upload", "clipboard"], format="png", height=240, buttons=[]
-    )
+def examples(rows: list[list[str]], fill: list[Any], names: Sequence[str]) -> None:
+    gr.Examples(rows, fill, label="Try", example_labels=list(names), api_visibility="private")
 
 
 def contrast_row(device: Device, kind: str, kinds: tuple[str, ...], label: str) -> list[Any]:
@@ -134,37 +147,45 @@ class PaintTab:
         with gr.Row(elem_classes="split"):
             with gr.Column(scale=2, min_width=320):
                 self.prompt = gr.Textbox(PROMPTS[1], label="Prompt", lines=2, max_length=inputs.LONGEST_PROMPT)
-                gr.Examples([[prompt] for prompt in PROMPTS], [self.prompt], label="Try", api_visibility="private")
-                kinds = inputs.KINDS
-                rows = [
-                    contrast_row(device, kind, kinds if i else kinds[1:], f"{i + 1}")
-                    for i, kind in enumerate(("baseline", "one layer", "off", "off"))
-                ]
+                examples([[prompt] for prompt in PROMPTS], [self.prompt], PROMPTS)
+                kinds, rows = inputs.KINDS, []
+                rows.append(contrast_row(device, "baseline", kinds[1:], "First decoding"))
+                rows.append(contrast_row(device, "one layer", kinds, "Second"))
+                with gr.Accordion("Two more from the same noise", open=False):
+                    rows += [contrast_row(device, "off", kinds, label) for label in ("Third", "Fourth")]
                 self.rows = [part for row in rows for part in row]
                 with gr.Row():
-                    guidance = default_guidance(device.model)
-                    self.images = gr.Number(2, label="Pictures", precision=0, minimum=1, maximum=8, min_width=80)
+                    guidance, most = default_guidance(device.model), inputs.MOST_IMAGES
+                    self.images = gr.Number(2, label="Pictures", precision=0, minimum=1, maximum=most, min_width=90)
                     self.seed = gr.Number(
-                        0, label="Seed", precision=0, minimum=0, maximum=inputs.LARGEST_SEED, min_width=80
+                        0, label="Seed", precision=0, minimum=0, maximum=inputs.LARGEST_SEED, min_width=90
                     )
-                    self.guidance = gr.Number(guidance, label="Guidance", minimum=0, step=0.5, min_width=80)
-                    self.temperature = gr.Number(1, label="Temperature", step=0.1, min_width=80)
-                self.scorer = gr.Radio(["none", *READ_BY], value="none", label="Mark the best, as scored by")
+                    self.guidance = gr.Number(guidance, label="Guidance", minimum=0, step=0.5, min_width=90)
+                    self.temperature = gr.Number(1, label="Temperature", step=0.1, min_width=110)
+                    self.scorer = gr.Dropdown(["none", *READ_BY], label="Best by", min_width=110, filterable=False)
                 with gr.Row():
-                    start = gr.Button("Paint", variant="primary", elem_id="paint")
-                    stop = gr.Button("Stop", elem_id="stop-painting")
+                    start = gr.Button("Paint", variant="primary", elem_id="paint", min_width=120)
+                    stop = gr.Button("Stop", elem_id="stop-painting", min_width=120)
             with gr.Column(scale=3, min_width=320):
                 self.status = gr.HTML(READY, elem_id="paint-status")
                 self.grid = gr.HTML(show.EMPTY, elem_id="pictures")
                 with gr.Column(visible=False) as self.results:
                     with gr.Row():
-                        self.left = gr.Dropdown([], label="Left", min_width=140, filterable=False)
-                        self.right = gr.Dropdown([], label="Right", min_width=140, filterable=False)
+                        self.left = gr.Dropdown([], label="Left", min_width=200, filterable=False)
+                        self.right = gr.Dropdown([], label="Right", min_width=200, filterable=False)
                     self.slider = gr.ImageSlider(
-                        label="Left | right", format="png", interactive=False, elem_id="slider", max_height=460, buttons=[]
+                        label="Left and right",
+                        show_label=False,
+                        format="png",
+                        interactive=False,
+                        elem_id="slider",
+                        max_height=420,
+                        buttons=[],
                     )
+                    gr.HTML(show.WHERE)
                     self.where = gr.Image(
-                        label="Where DoLa acted on the right one: JSD(q_N, p_hat) per token; red: redrawn",
+                        label="Where DoLa acted",
+                        show_label=False,
                         format="png",
                         interactive=False,
                         elem_id="where",
@@ -191,6 +212,7 @@ class PaintTab:
             api_visibility="private",
             **QUEUED,
         )
+        start.click(None, js=SCROLL.format("paint-status"), api_visibility="private")
         stop.click(stopper(device), None, [self.status], cancels=[painting], **AT_ONCE)
         self.offer_api(values)
 
@@ -281,7 +303,8 @@ class AskTab:
                     label="Question", placeholder="What is in the image?", max_length=inputs.LONGEST_QUESTION
                 )
                 pairs = [[f"{EXAMPLES / name}", question] for name, question in QUESTIONS]
-                gr.Examples(pairs, [self.picture, self.question], label="Try", api_visibility="private")
+                asked = [question for _, question in QUESTIONS]
+                examples(pairs, [self.picture, self.question], asked)
                 self.row = contrast_row(device, "one layer", inputs.KINDS[2:], "DoLa")
                 with gr.Accordion("Candidates", open=False):
                     self.candidates = gr.Textbox(
@@ -290,9 +313,9 @@ class AskTab:
                     self.lambda_mm = gr.Slider(0, 1, 0.7, step=0.05, label="Fusion λ")
                 self.longest = gr.Slider(1, inputs.MOST_TOKENS, 64, step=1, label="Longest answer, tokens")
                 with gr.Row():
-                    start = gr.Button("Ask", variant="primary", elem_id="ask")
-                    stop = gr.Button("Stop")
-                    anew = gr.Button("New conversation")
+                    start = gr.Button("Ask", variant="primary", elem_id="ask", min_width=90)
+                    stop = gr.Button("Stop", min_width=90)
+                    anew = gr.Button("New chat", min_width=90)
             with gr.Column(scale=3, min_width=320):
                 self.status = gr.HTML(READY, elem_id="ask-status")
                 with gr.Row():
@@ -303,7 +326,7 @@ class AskTab:
                             render_markdown=False,
                             elem_id=name.lower(),
                             min_width=150,
-                            buttons=["copy"],
+                            buttons=[],
                         )
                         for name in ("Baseline", "DoLa")
                     ]
@@ -314,6 +337,7 @@ class AskTab:
         asking = [
             listen(handler, inputs_of, outputs, **how, **QUEUED) for listen in (start.click, self.question.submit)
         ]
+        start.click(None, js=SCROLL.format("ask-status"), api_visibility="private")
         stop.click(stopper(device), None, [self.status], cancels=asking, **AT_ONCE)
         cleared = [self.turns, *self.chats, self.ranking]
         for listen in (anew.click, self.picture.change):
@@ -392,21 +416,12 @@ class LayersTab:
                 prompts = [["a painting", PROMPTS[1], "", f"{EXAMPLES / QUESTIONS[0][0]}"]]
                 answers = [["an answer", question, true, f"{EXAMPLES / name}"] for name, question, true in ANSWERS]
                 values = [self.head, self.text, self.answer, self.picture]
-                gr.Examples([*prompts, *answers], values, label="Try", api_visibility="private")
+                named = [PROMPTS[1], *(f"{question} {true}" for _, question, true in ANSWERS)]
+                examples([*prompts, *answers], values, named)
                 start = gr.Button("Read the layers", variant="primary", elem_id="read")
             with gr.Column(scale=3, min_width=320):
-                self.status = gr.HTML(READY)
-                self.plot = gr.LinePlot(
-                    x="layer",
-                    y="probability, %",
-                    color="decoding",
-                    label="Mean probability of the true tokens by contrast layer",
-                    height=300,
-                    elem_id="curve",
-                    visible=False,
-                    buttons=[],
-                )
-                self.said = gr.HTML("", elem_id="said")
+                self.status = gr.HTML(READY, elem_id="layers-status")
+                self.curve = gr.HTML("", elem_id="curve")
                 self.place = gr.Slider(1, 2, 1, step=1, label="Token", visible=False, elem_id="place")
                 self.lens = gr.HTML("", elem_id="lens")
 
@@ -415,9 +430,10 @@ class LayersTab:
             return gr.Textbox(label="Prompt" if painting else "Question"), gr.Textbox(visible=not painting)
 
         self.head.change(fit, [self.head], [self.text, self.answer], **AT_ONCE)
-        outputs = [self.status, self.plot, self.said, self.place, self.lens]
+        outputs = [self.status, self.curve, self.place, self.lens]
         private = {"show_progress_on": self.status, "api_visibility": "private"}
         start.click(telling(self.status)(self.read), values, outputs, **private, **QUEUED)
+        start.click(None, js=SCROLL.format("layers-status"), api_visibility="private")
         self.place.release(self.move, [*values, self.place], [self.lens], **private, **QUEUED)
         with gr.Column(visible=False):
             found = gr.JSON(label="curve and lens")
@@ -440,8 +456,7 @@ class LayersTab:
         assert found.curve is not None
         yield {
             self.status: READY,
-            self.plot: gr.LinePlot(curve_frame(found.curve), visible=True, x_lim=[1, self.device.num_layers - 1]),
-            self.said: show.show_curve(found.curve),
+            self.curve: show.show_curve(found.curve),
             self.place: gr.Slider(1, found.lens.places, 1, visible=True),
             self.lens: show.show_lens(found.lens),
         }
@@ -458,18 +473,6 @@ class LayersTab:
             "curve": found.curve._asdict(),
             "lens": {key: lens[key] for key in ("place", "places", "true", "name", "rows")},
         }
-
-
-def curve_frame(curve: layers.Curve) -> pd.DataFrame:
-    lines = {"baseline": [curve.baseline] * len(next(iter(curve.dola.values())))}
-    lines |= {f"α {alpha:g}": row for alpha, row in curve.dola.items()}
-    return pd.DataFrame(
-        [
-            {"layer": layer, "probability, %": 100 * p, "decoding": name}
-            for name, row in lines.items()
-            for layer, p in enumerate(row, start=1)
-        ]
-    )
 
 
 # --- the page --------------------------------------------------------------------------------------------------------

@@ -97,7 +97,9 @@ def command_words(
     else:
         words += ["--best_of", f"{images}", "--scorer", scorer, "--keep_all"]
     usual = {"model": DEFAULT_MODEL, "device": "auto", "dtype": "auto"}
-    return words + [f"--{name}={getattr(model, name)}" for name, value in usual.items() if getattr(model, name) != value]
+    return words + [
+        f"--{name}={getattr(model, name)}" for name, value in usual.items() if getattr(model, name) != value
+    ]
 
 
 # --- painting --------------------------------------------------------------------------------------------------------
