@@ -11,10 +11,11 @@ if __name__ == "__main__":
     exit_on_interrupt()  # the imports below take seconds
 
 import os
-import shutil
+import signal
+import sys
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 from janus.dola.cli import CommandParser, add_model_arguments, run_command
 
@@ -35,15 +36,12 @@ def main() -> None:
         raise ValueError("the page needs Gradio: pip install 'janus-dola[web]'")
     if args.port is not None and not 0 < args.port < 1 << 16:
         raise ValueError(f"--port: expected 1 to {(1 << 16) - 1}, got {args.port}")
-    folder = Path(mkdtemp(prefix="janus-page-"))
-    try:
-        os.environ["GRADIO_TEMP_DIR"] = str(folder / "files")  # read where gradio is imported
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder goes
+    with TemporaryDirectory(prefix="janus-page-", ignore_cleanup_errors=True) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "files")  # read where gradio is imported
         from demo.serve import serve
 
-        page = serve(args, folder)
-        page.block_thread()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        serve(args, Path(folder))
 
 
 if __name__ == "__main__":

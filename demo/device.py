@@ -80,6 +80,12 @@ class Device:
             if self.stops.get(session) is stop:
                 del self.stops[session]
 
+    def close(self) -> None:
+        """Stop all work."""
+        for stop in list(self.stops.values()):
+            stop.set()
+        self.thread.shutdown(cancel_futures=True)
+
     def stop(self, session: str) -> None:
         """Stop the session's work at its next token; without any, do nothing."""
         if session in self.stops:

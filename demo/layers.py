@@ -1,5 +1,6 @@
 """What every layer says: the search for one example, and the most probable tokens of each layer at one place."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -23,20 +24,22 @@ from janus.dola.layer_search.metrics import ALPHAS, measure, metric_names
 from janus.dola.layer_search.tasks import Task, answers_task, image_task
 
 TOP = 5
+AROUND = 5
+"""Codes, in x and in y, among which one is turned to pixels: the VQ decoder looks around each."""
 
 
 class Curve(NamedTuple):
-    """Mean probability of the true tokens: of the baseline, and by alpha of the mask alone and of layers 1..N-1."""
+    """Mean probability of the true tokens: of the baseline, and by alpha, as text, of the mask and of layers 1..N-1."""
 
     baseline: float
-    apc_only: dict[float, float]
-    dola: dict[float, list[float]]
+    apc_only: dict[str, float]
+    dola: dict[str, list[float]]
 
 
 class Lens(NamedTuple):
     """One place of an example. `rows[j - 1]` are layer j's most probable tokens as (id, name, probability).
 
-    Of a painting also the picture that its codes make, and what each code in `rows` looks like.
+    Of a painting also the picture that its codes make, and what each code in `rows` would look like there.
     """
 
     place: int
@@ -86,13 +89,14 @@ def read_layers(device: Device, head: str, example: Example, place: int, with_cu
     if head == "gen_head":
         (painted,) = tokens_to_images(model, true_tokens[None])
         codes = sorted({token for row in lens.rows for token, _, _ in row} | {lens.true})
-        lens = lens._replace(picture=painted, swatches=dict(zip(codes, paint_codes(device, codes), strict=True)))
+        swatches = paint_codes(device, true_tokens, place, codes)
+        lens = lens._replace(picture=painted, swatches=dict(zip(codes, swatches, strict=True)))
     emit(Found(curve, lens))
 
 
 def draw_curve(task: Task, example: Example) -> Curve:
     values = measure(task, [example], range(1, task.num_layers), ALPHAS)[0, metric_names([example]).index("prob")]
-    rows: Any = dict(zip(ALPHAS, values.tolist(), strict=True))
+    rows: Any = dict(zip(map("{:g}".format, ALPHAS), values.tolist(), strict=True))
     return Curve(
         float(values[0, 0]),
         {alpha: row[1] for alpha, row in rows.items()},
@@ -124,9 +128,14 @@ def read_place(task: Task, example: Example, place: int) -> tuple[Lens, torch.Te
     return lens, forced.targets[forced.places[0]]
 
 
-def paint_codes(device: Device, codes: Sequence[int]) -> list[Image.Image]:
-    """What each code looks like among its like: the middle patch of a small picture of it alone."""
-    patch, side = image_geometry(device.model, device.processor)[1], 3
-    tokens = torch.tensor(codes, device=device.model.device)[:, None].expand(-1, side * side)
-    middle = (patch, patch, 2 * patch, 2 * patch)
-    return [picture.crop(middle) for picture in tokens_to_images(device.model, tokens)]
+def paint_codes(device: Device, true_tokens: torch.Tensor, place: int, codes: Sequence[int]) -> list[Image.Image]:
+    """The patch that each code would make at a place (from 1) of a picture `[T]`, among the codes around it."""
+    patch = image_geometry(device.model, device.processor)[1]
+    grid = true_tokens.view(2 * [math.isqrt(len(true_tokens))])
+    side = min(AROUND, len(grid))
+    y, x = divmod(place - 1, len(grid))
+    top, left = (min(max(at - side // 2, 0), len(grid) - side) for at in (y, x))
+    tokens = grid[top : top + side, left : left + side].repeat(len(codes), 1, 1)
+    tokens[:, y - top, x - left] = torch.tensor(codes, device=tokens.device)
+    y, x = (y - top) * patch, (x - left) * patch
+    return [picture.crop((x, y, x + patch, y + patch)) for picture in tokens_to_images(device.model, tokens.flatten(1))]

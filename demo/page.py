@@ -57,7 +57,7 @@ def one_line() -> Iterator[None]:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
         line = " ".join(f"{error}".split()) or "out of memory"
-        raise gr.Error(show.escape(line[:300]), print_exception=False) from None
+        raise gr.Error(show.escape(line[:300], quote=False), print_exception=False) from None
 
 
 def telling(status: gr.HTML | None = None) -> Callable[[Callable], Callable]:
@@ -260,16 +260,17 @@ class PaintTab:
                 self.device, prompt, seed, guidance, temperature, images, scorer, inputs.check_specs(decodings)
             )
             for step in paint.paint(self.device, str(request.session_hash), words):
-                if isinstance(step, paint.Painted):
+                if isinstance(step, paint.Growing):
+                    yield None, "", {"painting": step.labels[step.variant], "drawn": round(step.drawn, 3)}
+                else:
                     files = [f"{picture.file}" for of_variant in step.pictures for picture in of_variant]
-                    yield files, step.settings
+                    yield files, step.command, step.settings
 
         with gr.Column(visible=False):
             decodings = gr.JSON(["baseline", "dola"], label="decodings, as --compare takes them")
-            files, settings = gr.File(file_count="multiple", label="pictures"), gr.JSON(label="settings")
-            gr.Button().click(
-                telling()(paint_files), [*values, decodings], [files, settings], api_name="paint", **QUEUED
-            )
+            files = gr.File(file_count="multiple", label="pictures")
+            told = [files, gr.Textbox(label="command"), gr.JSON(label="settings")]
+            gr.Button().click(telling()(paint_files), [*values, decodings], told, api_name="paint", **QUEUED)
 
 
 def read_words(device: Device, prompt, seed, guidance, temperature, images, scorer, specs: list[str]) -> list[str]:

@@ -3,6 +3,7 @@
 import argparse
 import os
 from pathlib import Path
+from threading import Event
 
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}  # read where they are imported
 
@@ -48,9 +49,13 @@ def theme() -> gr.themes.Base:
     return gr.themes.Base(primary_hue="teal", neutral_hue="slate", radius_size="lg", font=sans, font_mono=mono)
 
 
-def serve(args: argparse.Namespace, folder: Path) -> gr.Blocks:
-    """Load the checkpoint and open the page; its files go into `folder`. Raises ValueError for a port in use."""
-    page = build_page(Device(args, folder))
+def serve(args: argparse.Namespace, folder: Path) -> None:
+    """Load the checkpoint and serve the page until the process is told to end; its files go into `folder`.
+
+    Raises ValueError for a checkpoint that cannot be loaded, and OSError for a port in use.
+    """
+    device = Device(args, folder)
+    page = build_page(device)
     page.launch(
         server_name=args.host,
         server_port=args.port,
@@ -68,4 +73,8 @@ def serve(args: argparse.Namespace, folder: Path) -> gr.Blocks:
         css_paths=STYLE,
     )
     print(f"the page: {page.share_url or page.local_url}", flush=True)
-    return page
+    try:
+        Event().wait()
+    finally:
+        device.close()
+        page.close(verbose=False)

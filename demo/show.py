@@ -150,19 +150,19 @@ def show_curve(curve: Curve) -> str:
         parts.append(f'<polyline stroke="{shade}" points="{" ".join(f"{a:.1f},{b:.1f}" for a, b, *_ in points)}"/>')
         points.append((x(layers + 1), y(curve.apc_only[alpha]), "APC only", curve.apc_only[alpha]))
         for a, b, at, p in points:
-            told = f"{f'layer {at}' if isinstance(at, int) else at}, α {alpha:g}: {100 * p:.2f}%"
+            told = f"{f'layer {at}' if isinstance(at, int) else at}, α {alpha}: {100 * p:.2f}%"
             parts.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4" fill="{shade}"><title>{told}</title></circle>')
-        names.append((f"α {alpha:g}", shade))
+        names.append((f"α {alpha}", shade))
     for i, (name, shade) in enumerate(names):
-        top, left = TOP + 8 + 22 * i, WIDTH - RIGHT + 12
+        top, left = TOP + 8 + 22 * i, WIDTH - RIGHT + 18
         parts.append(f'<path stroke="{shade}" stroke-width="3" d="M{left} {top}h12"/>')
         parts.append(f'<text x="{left + 17}" y="{top + 5}">{name}</text>')
     p, alpha, layer = max((p, alpha, layer) for alpha, row in lines.items() for layer, p in enumerate(row, 1))
     masked, mask = max((p, alpha) for alpha, p in curve.apc_only.items())
     facts = {
         "baseline": curve.baseline,
-        f"APC only, α {mask:g}": masked,
-        f"best: layer {layer}, α {alpha:g}": p,
+        f"APC only, α {mask}": masked,
+        f"best: layer {layer}, α {alpha}": p,
     }
     cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{100 * value:.2f}%</dd></div>" for name, value in facts.items())
     return (
