@@ -38,7 +38,8 @@ def main() -> None:
         raise ValueError(f"--port: expected 1 to {(1 << 16) - 1}, got {args.port}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder goes
     with TemporaryDirectory(prefix="janus-page-", ignore_cleanup_errors=True) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "files")  # read where gradio is imported
+        for library in ("GRADIO_TEMP_DIR", "MPLCONFIGDIR"):  # read where they are imported
+            os.environ[library] = str(Path(folder) / library.lower())
         from demo.serve import serve
 
         serve(args, Path(folder))

@@ -435,7 +435,7 @@ class LayersTab:
         private = {"show_progress_on": self.status, "api_visibility": "private"}
         start.click(telling(self.status)(self.read), values, outputs, **private, **QUEUED)
         start.click(None, js=SCROLL.format("layers-status"), api_visibility="private")
-        self.place.release(self.move, [*values, self.place], [self.lens], **private, **QUEUED)
+        self.place.input(self.move, [*values, self.place], [self.lens], trigger_mode="always_last", **private, **QUEUED)
         with gr.Column(visible=False):
             found = gr.JSON(label="curve and lens")
             place = gr.Number(1, label="token", precision=0)
