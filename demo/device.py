@@ -37,6 +37,7 @@ class Device:
         self.thread = ThreadPoolExecutor(max_workers=1)  # CUDA's current device and captured graphs are a thread's own
         self.stops: dict[str, Event] = {}
         load = self.thread.submit(load_pretrained_model, args.model, args.dtype, args.device)
+        self.model: Any
         self.tokenizer, self.processor, self.model = load.result()
         self.num_layers = len(self.model.language_model.model.layers)
         self.tower_layers = tower_depth(self.model.vision_model.vision_tower)

@@ -335,7 +335,7 @@ class AskTab:
         inputs_of = [self.turns, self.picture, self.question, self.longest, self.candidates, self.lambda_mm, *self.row]
         outputs = [self.status, *self.chats, self.ranking, self.turns, self.question]
         handler, how = telling(self.status)(self.run), {"show_progress_on": self.status, "api_visibility": "private"}
-        asking = [
+        asking: list[Any] = [
             listen(handler, inputs_of, outputs, **how, **QUEUED) for listen in (start.click, self.question.submit)
         ]
         start.click(None, js=SCROLL.format("ask-status"), api_visibility="private")

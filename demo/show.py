@@ -146,11 +146,11 @@ def show_curve(curve: Curve) -> str:
     parts.append(f'<path class="baseline" d="M{LEFT} {y(curve.baseline):.1f}H{WIDTH - RIGHT}"/>')
     names = [("baseline", "var(--baseline)")]
     for (alpha, row), shade in zip(lines.items(), SHADES, strict=True):
-        points = [(x(layer), y(p), layer, p) for layer, p in enumerate(row, start=1)]
+        points = [(x(layer), y(p), f"layer {layer}", p) for layer, p in enumerate(row, start=1)]
         parts.append(f'<polyline stroke="{shade}" points="{" ".join(f"{a:.1f},{b:.1f}" for a, b, *_ in points)}"/>')
         points.append((x(layers + 1), y(curve.apc_only[alpha]), "APC only", curve.apc_only[alpha]))
         for a, b, at, p in points:
-            told = f"{f'layer {at}' if isinstance(at, int) else at}, α {alpha}: {100 * p:.2f}%"
+            told = f"{at}, α {alpha}: {100 * p:.2f}%"
             parts.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4" fill="{shade}"><title>{told}</title></circle>')
         names.append((f"α {alpha}", shade))
     for i, (name, shade) in enumerate(names):
