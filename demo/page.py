@@ -1,5 +1,6 @@
 """The page: its parts, and what happens when they are used. The work itself is in paint, ask and layers."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -38,6 +39,12 @@ CANDIDATES = "a large red circle on a white background\na small blue square on a
 QUEUED: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "device", "show_progress": "minimal"}
 AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 LONGEST_QUEUE = 16
+FIT = """(kind) => {
+  const update = (visible, value) => ({__type__: 'update', visible, ...(value ? {value} : {})})
+  const usual = USUAL[kind]
+  return [update(!!usual, usual), update(!['off', 'baseline'].includes(kind)), update(!!usual)]
+}"""
+"""What a kind of decoding has, shown at once."""
 SCROLL = "() => {{ if (innerWidth < 800) document.getElementById('{}').scrollIntoView({{behavior: 'smooth'}}) }}"
 """On a phone the pictures stand below the form."""
 READY = show.status("")
@@ -125,16 +132,11 @@ def contrast_row(device: Device, kind: str, kinds: tuple[str, ...], label: str) 
         gamma = gr.Number(1, label="γ", minimum=-100, maximum=100, step=0.1, min_width=70, scale=1)
     alpha.visible, gamma.visible = kind not in shown[:2], kind not in shown
 
-    def fit(kind: str, layers_now: str):
-        several = [j for j in range(1, device.num_layers) if j % max(1, device.num_layers // 4) == 0]
-        usual = {"one layer": f"{layer}", "early exit": ",".join(map(str, several))}.get(kind, layers_now)
-        return (
-            gr.Textbox(usual, visible=kind not in shown),
-            gr.Number(visible=kind not in shown[:2]),
-            gr.Number(visible=kind not in shown),
-        )
-
-    kind_of.change(fit, [kind_of, layers_of], [layers_of, alpha, gamma], **AT_ONCE)
+    several = ",".join(f"{j}" for j in range(1, device.num_layers) if j % max(1, device.num_layers // 4) == 0)
+    usual = {"one layer": f"{layer}", "early exit": several}
+    kind_of.change(
+        None, [kind_of], [layers_of, alpha, gamma], js=FIT.replace("USUAL", json.dumps(usual)), api_visibility="private"
+    )
     return [kind_of, layers_of, alpha, gamma]
 
 

@@ -173,7 +173,8 @@ class Watch:
 
     def __call__(self, draft: Draft) -> None:
         self.emit()
-        if time.monotonic() - self.shown < SECONDS_BETWEEN:
+        whole = min(draft.done) == self.num_tokens
+        if time.monotonic() - self.shown < SECONDS_BETWEEN and not whole:
             return
         done = draft.final.clamp(max=self.num_tokens)
         pictures = partial_pictures(self.model, draft.tokens[:, : self.num_tokens], done)
@@ -182,13 +183,17 @@ class Watch:
 
 
 def partial_pictures(model, tokens: torch.Tensor, done: torch.Tensor) -> list[Image.Image]:
-    """The first `done` `[n]` of the codes `[n, side * side]` as pictures that are transparent beyond them."""
-    side = math.isqrt(tokens.shape[1])
-    drawn = torch.arange(tokens.shape[1], device=tokens.device) < done[:, None]
-    last = tokens.gather(1, (done - 1).clamp(min=0)[:, None])
-    pictures = tokens_to_images(model, torch.where(drawn, tokens, last).clamp(min=0))
-    for picture, places in zip(pictures, drawn.cpu().numpy(), strict=True):
-        alpha = Image.fromarray(places.reshape(side, side).astype(np.uint8) * 255)
+    """The first `done` `[n]` of the codes `[n, side * side]` as pictures that are transparent beyond them.
+
+    The VQ decoder looks around each code: those that are not drawn yet are taken to be like the last ones above.
+    """
+    side, places = math.isqrt(tokens.shape[1]), torch.arange(tokens.shape[1], device=tokens.device)
+    drawn, last = places < done[:, None], done[:, None] - 1
+    above = places - side * ((places - last - 1) // side + 1)
+    filled = tokens.gather(1, torch.where(drawn, places, torch.where(above < 0, last, above)))
+    pictures = tokens_to_images(model, filled.clamp(min=0))
+    for picture, seen in zip(pictures, drawn.cpu().numpy(), strict=True):
+        alpha = Image.fromarray(seen.reshape(side, side).astype(np.uint8) * 255)
         picture.putalpha(alpha.resize(picture.size, Image.Resampling.NEAREST))
     return pictures
 

@@ -57,7 +57,8 @@ def columns(parts: Sequence[str]) -> str:
 
 def picture_cell(source: str, alt: str, note: str = "", best: bool = False) -> str:
     under = f"<figcaption>{note}</figcaption>" if note else ""
-    return f'<figure{" class=best" * best}><img src="{source}" alt="{escape(alt)}">{under}</figure>'
+    badge = "<b>best</b>" if best else ""
+    return f'<figure{" class=best" * best}>{badge}<img src="{source}" alt="{escape(alt)}">{under}</figure>'
 
 
 class Growth:
@@ -85,7 +86,7 @@ def show_painted(painted: Painted) -> str:
         cells = []
         for picture in pictures:
             source = data_url(picture.file.read_bytes(), "png")
-            score = "" if picture.score is None else f"<span>{'best, ' * picture.best}{picture.score:.3g}</span>"
+            score = "" if picture.score is None else f"<span>{picture.score:.3g}</span>"
             name = f"{picture.file.parent.name}_{picture.file.name}" if len(painted.labels) > 1 else picture.file.name
             save = f'<a href="{source}" download="{escape(name)}" aria-label="PNG of {escape(picture.name)}">PNG</a>'
             alt = f"{painted.prompt} ({picture.name})"
