@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from contextlib import suppress
 from pathlib import Path
 from threading import Event
 
@@ -74,7 +75,8 @@ def serve(args: argparse.Namespace, folder: Path) -> None:
     )
     print(f"the page: {page.share_url or page.local_url}", flush=True)
     try:
-        Event().wait()
+        with suppress(KeyboardInterrupt):
+            Event().wait()
     finally:
         device.close()
         page.close(verbose=False)
