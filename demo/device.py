@@ -3,7 +3,7 @@
 import argparse
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
@@ -35,7 +35,7 @@ class Device:
     def __init__(self, args: argparse.Namespace, folder: Path):
         self.args, self.folder = args, folder
         self.thread = ThreadPoolExecutor(max_workers=1)  # CUDA's current device and captured graphs are a thread's own
-        self.stops: dict[str, Event] = {}
+        self.works: dict[str, tuple[Event, Future]] = {}
         load = self.thread.submit(load_pretrained_model, args.model, args.dtype, args.device)
         self.model: Any
         self.tokenizer, self.processor, self.model = load.result()
@@ -61,7 +61,6 @@ class Device:
         Raises what the work raises, and Stopped after `stop(session)`.
         """
         stop, emitted, end = Event(), SimpleQueue(), object()
-        self.stops[session] = stop
 
         def emit(*items: Any) -> None:
             if stop.is_set():
@@ -70,6 +69,7 @@ class Device:
                 emitted.put(item)
 
         future = self.thread.submit(work, emit)
+        self.works[session] = stop, future
         future.add_done_callback(lambda _: emitted.put(end))
         try:
             while (item := emitted.get()) is not end:
@@ -78,16 +78,18 @@ class Device:
         finally:
             stop.set()
             wait([future])
-            if self.stops.get(session) is stop:
-                del self.stops[session]
-
-    def close(self) -> None:
-        """Stop all work."""
-        for stop in list(self.stops.values()):
-            stop.set()
-        self.thread.shutdown(cancel_futures=True)
+            if self.works.get(session, (None,))[0] is stop:
+                del self.works[session]
 
     def stop(self, session: str) -> None:
-        """Stop the session's work at its next token; without any, do nothing."""
-        if session in self.stops:
-            self.stops[session].set()
+        """Stop the session's work at its next token, and wait until it has ended; without any, do nothing."""
+        if work := self.works.get(session):
+            stop, future = work
+            stop.set()
+            wait([future])
+
+    def close(self) -> None:
+        """Stop all work, for good."""
+        for stop, _ in list(self.works.values()):
+            stop.set()
+        self.thread.shutdown(cancel_futures=True)

@@ -47,7 +47,7 @@ FIT = """(kind) => {
 """What a kind of decoding has, shown at once."""
 SCROLL = "() => {{ if (innerWidth < 800) document.getElementById('{}').scrollIntoView({{behavior: 'smooth'}}) }}"
 """On a phone the pictures stand below the form."""
-READY = show.status("")
+READY, STOPPED = show.status(""), show.status("Stopped")
 
 
 # --- errors, and what is uploaded ------------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ def one_line() -> Iterator[None]:
 
 
 def telling(status: gr.HTML | None = None) -> Callable[[Callable], Callable]:
-    """A handler that yields: its errors are one line, and then `status` no longer says that work goes on."""
+    """A handler that yields: its errors are one line, and `status` no longer says that work goes on."""
 
     def decorate(handler: Callable) -> Callable:
         @wraps(handler)
@@ -76,10 +76,14 @@ def telling(status: gr.HTML | None = None) -> Callable[[Callable], Callable]:
             try:
                 with one_line():
                     yield from handler(*args)
-            except Exception:
-                if status is not None:
+            except gr.Error as error:
+                if status is None:
+                    raise
+                if isinstance(error.__context__, Stopped):
+                    yield {status: STOPPED}
+                else:
                     yield {status: READY}
-                raise
+                    raise
 
         return steps
 
@@ -288,7 +292,7 @@ def read_words(device: Device, prompt, seed, guidance, temperature, images, scor
 def stopper(device: Device) -> Callable:
     def stop(request: gr.Request) -> str:
         device.stop(str(request.session_hash))
-        return show.status("Stopped")
+        return STOPPED
 
     return stop
 
