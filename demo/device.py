@@ -12,7 +12,6 @@ from threading import Event
 from typing import Any
 
 from janus.dola.loading import load_pretrained_model
-from janus.dola.rerank import tower_depth
 from janus.dola.text_encoder import find_text_encoder
 
 KEPT_FOLDERS = 30
@@ -40,7 +39,6 @@ class Device:
         self.model: Any
         self.tokenizer, self.processor, self.model = load.result()
         self.num_layers = len(self.model.language_model.model.layers)
-        self.tower_layers = tower_depth(self.model.vision_model.vision_tower)
 
     @cached_property
     def text_encoder(self) -> tuple[Any, Any]:

@@ -63,7 +63,8 @@ def one_line() -> Iterator[None]:
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
-        line = " ".join(f"{error}".split()) or "out of memory"
+        told = error.strerror if isinstance(error, OSError) else f"{error}"  # a file's name is the server's own affair
+        line = " ".join(f"{told}".split()) or "out of memory"
         raise gr.Error(show.escape(line[:300], quote=False), print_exception=False) from None
 
 
@@ -76,13 +77,11 @@ def telling(status: gr.HTML | None = None) -> Callable[[Callable], Callable]:
             try:
                 with one_line():
                     yield from handler(*args)
-            except gr.Error as error:
-                if status is None:
-                    raise
-                if isinstance(error.__context__, Stopped):
-                    yield {status: STOPPED}
-                else:
-                    yield {status: READY}
+            except Exception as error:
+                stopped = isinstance(error.__context__, Stopped)
+                if status is not None:
+                    yield {status: STOPPED if stopped else READY}
+                if status is None or not stopped:
                     raise
 
         return steps
@@ -249,7 +248,7 @@ class PaintTab:
             self.slider: slider,
             self.where: where,
             self.command: painted.command,
-            self.settings: paint.settings_text(painted),
+            self.settings: json.dumps(painted.settings, indent=1, ensure_ascii=False),
             self.archive: f"{painted.archive}",
         }
 

@@ -1,13 +1,11 @@
 """Painting as the command does it, told of while it runs: the same files, and pictures of the tokens so far."""
 
 import argparse
-import json
 import math
 import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,8 +55,7 @@ class Picture(NamedTuple):
     best: bool
 
 
-@dataclass
-class Painted:
+class Painted(NamedTuple):
     """A finished run: its pictures variant by variant, and the files that tell of it."""
 
     prompt: str
@@ -210,11 +207,8 @@ def show_where(painted: Painted, picture: Picture) -> Image.Image:
     if len(np.unique(told["layer"])) == 1:
         return both
     layers = layer_map(told["layer"])
-    whole = Image.new("RGB", (both.width + both.width - 2 * layers.width + layers.width, both.height), "white")
+    gap = both.width - 2 * layers.width
+    whole = Image.new("RGB", (both.width + gap + layers.width, both.height), "white")
     whole.paste(both, (0, 0))
-    whole.paste(layers, (whole.width - layers.width, 0))
+    whole.paste(layers, (both.width + gap, 0))
     return whole
-
-
-def settings_text(painted: Painted) -> str:
-    return json.dumps(painted.settings, indent=1, ensure_ascii=False)
