@@ -17,15 +17,19 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from generation_inference import image_geometry, tokens_to_images
 from janus.dola.painting import prompt_seed
 
 pytest.importorskip("gradio", minversion="6", reason="the page needs Gradio: pip install -e '.[web]'")
 gradio_client = pytest.importorskip("gradio_client")
 
 from demo import inputs  # noqa: E402
+from demo.paint import partial_pictures  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -274,6 +278,20 @@ def test_pictures_are_bounded_and_only_pictures(tmp_path):
             inputs.check_picture(tmp_path / f"{name}.png")
         assert f"{tmp_path}" not in str(error.value)
     assert inputs.check_picture(EXAMPLE) == EXAMPLE
+
+
+# --- partial pictures ------------------------------------------------------------------------------------------------
+
+
+def test_a_partial_picture_is_what_is_drawn_and_nothing_beyond(golden):
+    side, patch = 4, image_geometry(golden.model, golden.processor)[1]
+    tokens = torch.arange(2 * side * side).view(2, -1) % len(golden.model.gen_embed.weight)
+    whole, part = partial_pictures(golden.model, tokens, torch.tensor([side * side, side + 2]))
+    assert np.array_equal(whole.convert("RGB"), tokens_to_images(golden.model, tokens)[0])
+    assert np.asarray(whole)[..., 3].min() == 255
+    shown = np.asarray(part)[::patch, ::patch, 3]
+    assert shown.flatten().tolist() == [255] * (side + 2) + [0] * (side * side - side - 2)
+    assert set(np.unique(np.asarray(part)[..., 3])) == {0, 255}
 
 
 # --- the page in a browser -------------------------------------------------------------------------------------------
