@@ -201,7 +201,14 @@ class PaintTab:
                         self.to_layers = gr.Button("Look inside the right one", size="sm")
                         self.archive = gr.DownloadButton("Download all of it", size="sm", elem_id="download")
                     with gr.Accordion("Command and settings", open=False):
-                        self.command = gr.Code(label="The same files", language="shell", wrap_lines=True, lines=2)
+                        self.command = gr.Code(
+                            label="The same files",
+                            language="shell",
+                            wrap_lines=True,
+                            lines=2,
+                            max_lines=6,
+                            elem_id="command",
+                        )
                         self.settings = gr.Code(label="run.json", language="json", lines=4, max_lines=16)
         choose = [self.painted, self.left, self.right], [self.slider, self.where]
         for side in (self.left, self.right):
