@@ -479,13 +479,14 @@ def sample_image_tokens(
     window: int | None = None,
     record: Record | None = None,
     on_step: Callable[[int], None] | None = None,
+    watch: Callable[[Draft], None] | None = None,
 ) -> Tensor:
     """Image tokens `[prompts, samples, T]` int64 for rendered prompts, all in one batch.
 
     Each prompt's noise is drawn from a generator of its own seed for all of its `parallel_size` samples, whatever else
     is in the batch and whichever `samples` of them are asked for; a seed of None takes torch's global generator.
     `window` tokens of an image are decoded per pass (`Draft`, `pick_window`). `on_step` is called after each pass with
-    the number of tokens, over all images, that it made final.
+    the number of tokens, over all images, that it made final, and `watch` with the tokens themselves.
     """
     llama, embed = mmgpt.language_model.model, mmgpt.language_model.get_input_embeddings()
     device, num_tokens = embed.weight.device, num_image_tokens(mmgpt, vl_chat_processor)
@@ -503,6 +504,8 @@ def sample_image_tokens(
         spans = draft.accept(drawn)
         if on_step is not None:
             on_step(sum(map(len, spans)))
+        if watch is not None:
+            watch(draft)
         draft.keep(backbone.keep(draft.unfinished()))
         if not draft.images:
             return draft.result().reshape(len(prompts), -1, num_tokens)

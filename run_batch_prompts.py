@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -32,6 +32,7 @@ from dola_runtime import (
 )
 from generation_inference import (
     Decoding,
+    Draft,
     Record,
     default_guidance,
     format_image_prompt,
@@ -137,9 +138,19 @@ def sample_slices(parallel_size: int, images: int) -> list[slice]:
 
 
 def sample_variant(
-    run: PaintingRun, model, processor, batch: range, images: int, decoding: Decoding, progress: Progress
+    run: PaintingRun,
+    model,
+    processor,
+    batch: range,
+    images: int,
+    decoding: Decoding,
+    tell: Callable[[int, str], None],
+    watch: Callable[[Draft], None] | None = None,
 ) -> Sampled:
-    """A batch's prompts under one decoding, so many images of each at a time."""
+    """A batch's prompts under one decoding, so many images of each at a time.
+
+    After each pass `tell` is called with the number of tokens made and a note, and `watch` with the tokens themselves.
+    """
     prompts = [format_image_prompt(processor, run.prompts[index].text) for index in batch]
     tokens, told = [], []
     for samples in sample_slices(run.parallel_size, images):
@@ -149,7 +160,7 @@ def sample_variant(
 
         def on_step(tokens: int, made=made, count=count) -> None:
             made.append(tokens)
-            progress.add(tokens, f"{sum(made) / count / len(made):.1f} tokens per pass")
+            tell(tokens, f"{sum(made) / count / len(made):.1f} tokens per pass")
 
         tokens.append(
             sample_image_tokens(
@@ -163,6 +174,7 @@ def sample_variant(
                 window=run.settings["window"],
                 record=record if run.trace or decoding != decoding.baseline else None,
                 on_step=on_step,
+                watch=watch,
             )
         )
         values = record.values | {"passes": torch.full((count,), len(made))}
@@ -226,7 +238,7 @@ def paint(
             try:
                 for name, decoding in decodings.items():
                     started = time.perf_counter()
-                    sampled.append(sample_variant(run, model, processor, batch, images, decoding, progress))
+                    sampled.append(sample_variant(run, model, processor, batch, images, decoding, progress.add))
                     seconds[name] += time.perf_counter() - started
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or len(batch) * images == 1:
@@ -435,6 +447,22 @@ class Job(NamedTuple):
         print(f"images and manifest.jsonl: {run.log.directory}")
 
 
+def painting_settings(
+    args: argparse.Namespace, model, scorer: Mapping[str, str | None] | None, decodings: Mapping[str, Decoding]
+) -> dict[str, Any]:
+    """What run.json says of a run: all that its files follow from beside the prompts."""
+    return run_settings(args, model) | {
+        "parallel_size": args.best_of or args.parallel_size,
+        "scorer": scorer,
+        "keep_all": args.best_of is None or args.keep_all,
+        "seed": args.seed,
+        "format": args.format,
+        "trace": args.trace,
+        "window": args.window,
+        "variants": {name: asdict(decoding) for name, decoding in decodings.items()},
+    }
+
+
 def load_job(parser: CommandParser, args: argparse.Namespace) -> Job:
     variants = read_variants(parser, args)
     if args.prompt:
@@ -447,16 +475,7 @@ def load_job(parser: CommandParser, args: argparse.Namespace) -> Job:
     scorer = read_scorer(parser, args)
     _, processor, model = load_pretrained_model(args.model, args.dtype, args.device)
     decodings = {name: make_decoding(model, **values) for name, values in variants.items()}
-    settings = run_settings(args, model) | {
-        "parallel_size": args.best_of or args.parallel_size,
-        "scorer": scorer,
-        "keep_all": args.best_of is None or args.keep_all,
-        "seed": args.seed,
-        "format": args.format,
-        "trace": args.trace,
-        "window": args.window,
-        "variants": {name: asdict(decoding) for name, decoding in decodings.items()},
-    }
+    settings = painting_settings(args, model, scorer, decodings)
     score = None
     if scorer is not None:
         reader = Reader(model, processor, partial(format_question, processor))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from janus.dola import __version__
+from janus.dola.console import SCRIPTS
 
 ROOT = Path(__file__).parents[1]
 RUN = "import sys; from janus.dola.console import main; sys.argv = sys.argv[1:]; main()"
@@ -32,7 +33,7 @@ def installed(tmp_path_factory) -> Path:
     source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site-packages")
     for path in (*ROOT.glob("*.py"), ROOT / "pyproject.toml", ROOT / "README.md", ROOT / "LICENSE"):
         shutil.copy(path, source)
-    for name in ("janus", "examples"):
+    for name in ("janus", "examples", "demo"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     build = "from setuptools import build_meta; build_meta.build_wheel('dist')"
     subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
@@ -66,9 +67,9 @@ def test_an_installed_command_paints_the_example_prompts_in_an_empty_directory(i
 
 def test_every_installed_command_is_there_and_says_what_it_lacks_in_one_line(installed, tmp_path, monkeypatch):
     entry_points = next(installed.glob("*.dist-info")) / "entry_points.txt"
-    commands = ["janus-paint", "janus-ask", "janus-rerank", "janus-layer-search", "janus-compare", "janus-layout"]
-    assert entry_points.read_text().split("\n")[1:7] == [
-        f"{name} = janus.dola.console:main" for name in sorted(commands)
+    commands = sorted(SCRIPTS)
+    assert entry_points.read_text().split("\n")[1 : 1 + len(commands)] == [
+        f"{name} = janus.dola.console:main" for name in commands
     ]
     monkeypatch.setenv("PYTHONPATH", str(installed))
     done = subprocess.run([sys.executable, "-c", RUN_EACH, *commands], cwd=tmp_path, capture_output=True, text=True)

@@ -129,6 +129,24 @@ def test_one_by_one_tells_of_a_token_of_every_image_per_step(golden):
     assert told == [6] * 16
 
 
+def test_whoever_watches_sees_final_tokens_that_no_later_pass_changes(tiny):
+    model, processor, prompts = tiny
+    seen: list[tuple[list[int], torch.Tensor]] = []
+    tokens = sample_image_tokens(
+        model,
+        processor,
+        prompts[:1],
+        Decoding((6,), cfg_weight=1.5),
+        parallel_size=3,
+        seeds=SEEDS[:1],
+        window=8,
+        watch=lambda draft: seen.append((draft.final.tolist(), draft.tokens.clone())),
+    )
+    assert seen[0][0] == [1, 1, 1] and seen[-1][0] == [64, 64, 64]
+    for final, drawn in seen:
+        assert all(torch.equal(drawn[i, :n], tokens[0, i, :n]) for i, n in enumerate(final))
+
+
 def test_the_trace_is_that_of_one_by_one(golden):
     model, processor, prompts = golden.model, golden.processor, golden.facts["sft"]
     terms = terms_of(model.gen_aligner, model.language_model, model.gen_head)

@@ -14,6 +14,7 @@ SCRIPTS = {
     "janus-compare": PACKAGE / "dola" / "compare" / "__main__.py",
     "janus-layout": PACKAGE / "dola" / "layouts.py",
     "janus-layer-search": PACKAGE / "dola" / "layer_search" / "__main__.py",
+    "janus-page": ROOT_SCRIPTS / "demo" / "app.py",
 }
 
 
