@@ -12,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from demo.device import Device, Emit
 from generation_inference import render_chat
-from inference import decode_answer
+from inference import decode_answers
 from janus.dola.files import load_image
 from janus.dola.fusion import VisionPriorLogitsProcessor, first_token_ids, vision_prior
 from janus.dola.inputs import pixel_values
@@ -91,7 +91,7 @@ def answer_both(
         said = [text for turn in turns for text in (turn.question, getattr(turn, side))]
         batch = prepare_chat(device, picture, [*said, question])
         options: Any = {"streamer": Told(device.tokenizer, tell), "max_new_tokens": max_new_tokens}
-        return str(decode_answer(device.model, device.processor, batch, processors, **options)).strip()
+        return decode_answers(device.model, device.processor, batch, processors, **options)[0][0].strip()
 
     with DoLaLogitsProcessor(llm, use_dola=False) as off:
         turn = turn._replace(baseline=answer("baseline", [off], lambda text: emit(Turn(question, text))))
