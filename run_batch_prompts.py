@@ -74,7 +74,7 @@ from janus.dola.shards import (
     UNITS,
     LogState,
     ShardLog,
-    gather,
+    gathered,
     open_patiently,
     parse_shard,
     put_away,
@@ -104,8 +104,10 @@ def images_per_batch(model, num_layers_read: int, prompt_length: int, num_tokens
     noise = 4 * model.gen_embed.weight.shape[0] * (num_tokens if window > 1 else 1)
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGESIZE") if hasattr(os, "sysconf") else 4 << 30
+    elif "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGESIZE")
+    else:  # macOS and Windows do not tell
+        free = 4 << 30
     return max(1, min(MAX_IMAGES_PER_BATCH.get(device.type, 64), int(0.7 * free / (cache + logits + noise))))
 
 
@@ -508,23 +510,18 @@ def paint_units(job: Job) -> None:
             put_away(log.directory)
         job.start(log)
         units = PaintingRun(log, job.prompts, indices=()).units()
-    state = LogState(log.path, log.run, log.entries)
+    state = LogState(log.path.resolve(), log.run, log.entries)
     if job.args.ray is None:
         paint_some(job, state, share(units, job.args.shard))
     else:
         paint_with_ray(job, state, units)
     job.args.overwrite = False  # done
-    with open_patiently(job.open) as log:
-        if left := unfinished(log.directory, units, len(log.entries)):
-            print(f"{len(left)} of {len(units)} units are not done: left to other processes, or to this command again")
-            return
-        if len(log.entries) < sum(units.values()):
-            gather(log, units)
-        run = PaintingRun(log, job.prompts)
-        if run.todo:
-            job.paint(run)
-        job.finish(run)
-        put_away(log.directory)
+    with gathered(job.open, units) as log:
+        if log is not None:
+            run = PaintingRun(log, job.prompts)
+            if run.todo:
+                job.paint(run)
+            job.finish(run)
 
 
 def paint_some(job: Job, state: LogState, units: Mapping[int, int]) -> None:
@@ -535,16 +532,17 @@ def paint_some(job: Job, state: LogState, units: Mapping[int, int]) -> None:
 
 
 class UnitPainter:
-    """A Ray actor: loads the model once, and paints the units that it is given."""
+    """A Ray actor: loads the model once, and paints the units that it is given of the run whose log has this path."""
 
-    def __init__(self, arguments: Sequence[str], threads: int, state: LogState, units: Mapping[int, int]):
+    def __init__(self, arguments: Sequence[str], threads: int, path: Path):
         torch.set_num_threads(threads)
         parser = build_parser()
-        self.job, self.state, self.units = load_job(parser, parser.parse_args(arguments)), state, units
+        args = parser.parse_args(arguments)
+        set_speed(args)
+        self.job, self.state = load_job(parser, args), LogState(path, read_json_file(path.with_name("run.json")), ())
 
-    def paint(self, start: int) -> int:
-        paint_some(self.job, self.state, {start: self.units[start]})
-        return start
+    def paint(self, start: int, count: int) -> None:
+        paint_some(self.job, self.state, {start: count})
 
 
 def paint_with_ray(job: Job, state: LogState, units: Mapping[int, int]) -> None:
@@ -558,18 +556,21 @@ def paint_with_ray(job: Job, state: LogState, units: Mapping[int, int]) -> None:
         from ray.util import ActorPool
     except ImportError:
         raise ValueError("--ray needs Ray: pip install ray") from None
-    ray.init(address=job.args.ray or None, log_to_driver=False, include_dashboard=False)
+    if job.args.ray:
+        ray.init(address=job.args.ray, log_to_driver=False)
+    else:  # an actor takes one CPU, and waits for ever where there is none left
+        cpus = max(os.cpu_count() or 1, job.args.workers or 1)
+        ray.init(address="local", num_cpus=cpus, log_to_driver=False, include_dashboard=False)
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0))
         actor = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_restarts=-1, max_task_retries=-1)(UnitPainter)
-        threads, given = torch.get_num_threads(), ray.put((state, units))
         arguments = [*sys.argv[1:], "--device", "cuda"] if gpus and job.args.device == "auto" else sys.argv[1:]
         workers = job.args.workers or max(1, gpus)
-        pool = ActorPool([actor.remote(arguments, threads, *ray.get(given)) for _ in range(workers)])
+        pool = ActorPool([actor.remote(arguments, torch.get_num_threads(), state.path) for _ in range(workers)])
         left = unfinished(state.path.parent, units, len(state.entries))
         with Progress(len(units), len(units) - len(left), "unit") as progress:
             while left:
-                for _ in pool.map_unordered(lambda a, start: a.paint.remote(start), left):
+                for _ in pool.map_unordered(lambda a, start: a.paint.remote(start, units[start]), left):
                     progress.add(1)
                 again = unfinished(state.path.parent, units, len(state.entries))
                 progress.add(-len(again))
@@ -648,11 +649,15 @@ def paint_again(args: argparse.Namespace) -> None:
     print(f"{target}: {'the same tokens' if same else 'other tokens, as another machine or batch can give'}")
 
 
+def set_speed(args: argparse.Namespace) -> None:
+    static_backbone.use_graphs = not args.no_graphs
+    static_backbone.use_compile = args.compile
+
+
 def main() -> None:
     parser = build_parser()
     args = parser.parse_args()
-    static_backbone.use_graphs = not args.no_graphs
-    static_backbone.use_compile = args.compile
+    set_speed(args)
     if args.show:
         print(json.dumps(read_settings(args.show), indent=1, ensure_ascii=False))
     elif args.again:

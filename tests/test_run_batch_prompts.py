@@ -509,6 +509,16 @@ def test_the_directory_is_locked_while_a_run_writes_there(finished_runs, tmp_pat
     assert contents(outdir) == before
 
 
+@pytest.mark.parametrize("names", [{}, {"SC_PAGESIZE": 30}])
+def test_a_system_that_does_not_tell_its_free_memory_paints_all_the_same(golden, monkeypatch, names):
+    def unknown(name):
+        raise ValueError("unrecognized configuration name")
+
+    monkeypatch.setattr(os, "sysconf_names", names)  # macOS has no SC_AVPHYS_PAGES
+    monkeypatch.setattr(os, "sysconf", unknown)
+    assert run_batch_prompts.images_per_batch(golden.model, 2, 20, 16, 1) >= 1
+
+
 # One process imports everything, loads the model and does the run once, whole; for each run after that it forks a
 # child. What a batch of some composition samples to, and the pixels of some codes, are kept from the first run: a batch
 # cut otherwise would sample anew. A child counts the moments that could tear its run apart, and dies at the one it is

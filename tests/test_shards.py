@@ -21,6 +21,7 @@ from janus.dola.cli import run_command
 from janus.dola.files import RunLog
 from janus.dola.shards import LogState, ShardLog, parse_shard, share, unfinished
 
+ROOT = Path(run_batch_prompts.__file__).parent
 PROMPTS = [f"prompt number {i}{' and more' * (i % 3)}" for i in range(7)]
 
 
@@ -161,18 +162,22 @@ def test_ten_killed_shards_and_a_rerun_with_another_number_end_with_the_same_byt
     assert contents(tmp_path) == whole["float32"]
 
 
+def run_with_ray(folder: Path, *options: str) -> None:
+    """In the folder, into its own subfolder `out`."""
+    prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    usual = ["--model", str(GOLDEN), "--parallel_size", "2", "--batch_size", "4", "--ab", "--trace", *prompts]
+    command = [sys.executable, str(ROOT / "run_batch_prompts.py"), *usual, "--dtype", "float32", "--outdir", "out"]
+    done = subprocess.run(
+        [*command, *options], cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_a_local_ray_cluster_makes_the_files_of_one_process(whole, tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed: pip install ray")
-    prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
-    options = ["--model", str(GOLDEN), "--parallel_size", "2", "--batch_size", "4", "--ab", "--trace", *prompts]
-    options += ["--dtype", "float32", "--outdir", str(tmp_path), "--ray", "--workers", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    script = Path(run_batch_prompts.__file__)
-    done = subprocess.run(
-        [sys.executable, str(script), *options], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert contents(tmp_path) == whole["float32"]
+    run_with_ray(tmp_path, "--ray", "--workers", "2")
+    assert contents(tmp_path / "out") == whole["float32"]
 
 
 # --- who does which unit ---------------------------------------------------------------------------------------------

@@ -182,7 +182,7 @@ def score_by_answer(
     prefixes = embed_each(mmgpt, processor, [render(VQA_QUESTION.format(prompt)) for prompt in prompts], images)
     next_token = [torch.zeros(1, dtype=torch.long, device=prefix.device) for prefix in prefixes]  # whichever: not read
     forced = teacher_force_batch(llm, [(prefix, [ids]) for prefix, ids in zip(prefixes, next_token, strict=True)])
-    log_q = read_states(forced, reading, parts.ln_out, parts.phi)
+    log_q = read_logprobs(forced, reading, parts.ln_out, parts.phi)
     p = log_q[0].exp()
     if len(log_q) > 1:
         p = probs_from_scores(contrast_layers(log_q[0], log_q[1:], reading.alpha)[0])
@@ -191,7 +191,7 @@ def score_by_answer(
     return ((yes + tiny) / (yes + no + 2 * tiny)).tolist()
 
 
-def read_states(forced: TeacherForced, reading: Reading, ln_out: Callable, phi: Callable) -> Tensor:
+def read_logprobs(forced: TeacherForced, reading: Reading, ln_out: Callable, phi: Callable) -> Tensor:
     """log q_N, and behind it log q_j where there is a layer: `[1 or 2, places, vocab]`."""
     log_q = [compute_logprobs_from_hidden(forced.hidden[-1], None, phi)]
     if reading.layer is not None:

@@ -12,6 +12,7 @@ import threading
 import time
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -205,13 +206,23 @@ def unfinished(directory: Path, units: Mapping[int, int], entries: int) -> list[
     return [s for s, count in units.items() if s + count > entries and f"{s:08d}.jsonl" not in there]
 
 
-def gather(log: RunLog, units: Mapping[int, int]) -> None:
-    """All units, done, as the entries of the log, which is written whole."""
-    done = len(log.entries)
-    entries = [
-        entry for start in units if start >= done for entry in read_unit(log.directory / UNITS / f"{start:08d}.jsonl")
-    ]
-    log.replace([*log.entries, *entries])
+@contextmanager
+def gathered(open_log: Callable[[], RunLog], units: Mapping[int, int]) -> Iterator[RunLog | None]:
+    """The log with all units in it, written whole, and the units put away after; None, and a line, where some lack.
+
+    It is for whoever finds all of them done, and changes nothing where the log has them already.
+    """
+    with open_patiently(open_log) as log:
+        done = len(log.entries)
+        if left := unfinished(log.directory, units, done):
+            print(f"{len(left)} of {len(units)} units are not done: left to other processes, or to this command again")
+            yield None
+            return
+        if done < sum(units.values()):
+            files = [log.directory / UNITS / f"{start:08d}.jsonl" for start in units if start >= done]
+            log.replace([*log.entries, *(entry for file in files for entry in read_unit(file))])
+        yield log
+        put_away(log.directory)
 
 
 def put_away(directory: Path) -> None:

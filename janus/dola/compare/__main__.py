@@ -30,7 +30,7 @@ from janus.dola.loading import load_pretrained_model
 from janus.dola.painted import read_painted
 from janus.dola.painting import PaintingRun
 from janus.dola.scorers import Reader, Scorer, make_scorer, needs_model
-from janus.dola.shards import LogState, ShardLog, gather, open_patiently, parse_shard, put_away, share, unfinished
+from janus.dola.shards import LogState, ShardLog, gathered, open_patiently, parse_shard, share
 from janus.dola.text_encoder import find_text_encoder
 
 UNIT = 16
@@ -154,16 +154,9 @@ def main() -> None:
     if args.shard is not None:
         with ShardLog(state, mine := share(units, args.shard)) as shard_log:
             score_units(run, scorers, shard_log, mine)
-    with open_patiently(open_log) as log:
-        if left := unfinished(log.directory, units, len(log.entries)):
-            print(
-                f"{len(left)} of {len(units)} units are not scored: left to other processes, or to this command again"
-            )
-            return
-        if len(log.entries) < len(run.prompts):
-            gather(log, units)
-        report(args, run, read_scores(run, specs, log) | results, log.directory)
-        put_away(log.directory)
+    with gathered(open_log, units) as log:
+        if log is not None:
+            report(args, run, read_scores(run, specs, log) | results, log.directory)
 
 
 def read_all_results(given: Sequence[tuple[str, Path]], run: PaintingRun) -> dict[str, np.ndarray]:
