@@ -16,7 +16,7 @@ import inference
 from conftest import GOLDEN
 from inference import answer, answer_batch, answer_with_dola, answer_with_dola_static, answer_with_switches
 from janus.dola.cli import JANUS_TINY, run_command
-from janus.dola.fusion import TowerPrior, first_token_ids, vision_prior
+from janus.dola.fusion import TowerPrior, first_token_ids, read_tower, vision_prior
 from janus.dola.rerank import rerank_with_dola_static_siglip
 from janus.dola.switches import DoLaSwitches
 from janus.models import MultiModalityCausalLM
@@ -192,6 +192,19 @@ def test_each_question_of_a_batch_is_fused_with_its_own_candidates(golden, bank)
         assert together[i].tokens.tolist() == alone[0].tokens.tolist()
     unfused = answer_batch(golden.model, golden.processor, asked, **usual)
     assert [a.tokens.tolist() for a in together] != [a.tokens.tolist() for a in unfused]
+
+
+def test_several_images_of_a_question_speak_with_their_mean(golden, bank):
+    switches, other = DoLaSwitches(fixed_layer_vit=2, alpha_V=0.0), Image.new("RGB", (16, 16), "red")
+    batch = inference.prepare_question(golden.model, golden.processor, [SAMPLE, other], "Same?")
+    r_V = read_tower(golden.model, golden.processor, batch, TowerPrior(switches, [CANDIDATES], [bank], tau=0.2))
+    tower = golden.model.vision_model.vision_tower
+    p_hat = rerank_with_dola_static_siglip(tower, batch.pixel_values[0], bank, 2, 0.0, tau=0.2)
+    words = [first_token_ids(golden.processor.tokenizer, candidate) for candidate in CANDIDATES]
+    of_mean, of_first = (
+        vision_prior(p, words, r_V.shape[1], switches.mm_topk_for_T) for p in (p_hat.mean(0), p_hat[0])
+    )
+    assert torch.equal(r_V[0], of_mean) and not torch.equal(of_mean, of_first)
 
 
 @pytest.mark.parametrize(
