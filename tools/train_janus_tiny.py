@@ -1,8 +1,12 @@
 """Trains janus-tiny from nothing on drawn scenes: `python -m tools.train_janus_tiny`.
 
 Four stages, each resumable and budgeted in steps: `vq` (the image codes), `tower` (SigLIP, contrastively, with its
-text encoder), `llama` (text-to-image and questions, jointly), `export` (the checkpoint in the original Janus format).
-Every batch is a function of (seed, stage, step), so a resumed run sees what an uninterrupted one sees.
+text encoder), `decoder` (what paints the codes, with the codes fixed), `llama` (text-to-image and questions, jointly).
+Then the checkpoint is written in the original Janus format. Every batch is a function of (seed, stage, step), so a
+resumed run sees what an uninterrupted one sees.
+
+`--start_from CHECKPOINT` takes codes, tower, text encoder and all first weights from an earlier janus-tiny: only
+`decoder` and `llama` run. `--only decoder` and `--only llama` run one of them, in processes side by side.
 """
 
 import argparse
@@ -32,6 +36,8 @@ from transformers import (
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from generation_inference import format_image_prompt, render_chat
+from janus.dola.scorers import VQA_QUESTION
+from janus.dola.text_encoder import load_text_encoder
 from janus.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor
 from janus.utils.conversation import EOS, SYSTEM_PROMPT
 from tools import scenes
@@ -195,8 +201,12 @@ def drawn(rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
     """Images [count, 3, 64, 64] and the mask [count, 1, 64, 64] of their pixels off the background."""
     batch = sample_scenes(rng, count)
     x = pixels([scenes.draw(scene, rng) for scene in batch])
+    return x, off_background(x, batch)
+
+
+def off_background(x: Tensor, batch: list[Scene]) -> Tensor:
     backgrounds = torch.tensor([scenes.BACKGROUNDS[scene.background] for scene in batch]).view(-1, 1, 1, 1) / 127.5 - 1
-    return x, ((x - backgrounds).abs() > 1e-3).any(1, keepdim=True)
+    return ((x - backgrounds).abs() > 1e-3).any(1, keepdim=True)
 
 
 def patches_off_background(off: Tensor) -> Tensor:
@@ -224,6 +234,13 @@ def codebook_by_kmeans(model: VQ, rng: np.random.Generator) -> Tensor:
         sums[empty] = points[rng.permutation(len(points))[: int(empty.sum())]]
         centres = normalize(sums, dim=-1)
     return centres
+
+
+def painting_error(y: Tensor, x: Tensor, off: Tensor) -> Tensor:
+    """How far y lies from x `[batch, 3, 64, 64]`, where a pixel off the background counts four times: a scalar."""
+    weight = 1 + 3 * off.float()
+    error = y - x
+    return (weight / weight.mean() * (error.abs() + error.pow(2))).mean()
 
 
 def train_vq(config: MultiModalityConfig, work: Path, steps: int) -> VQ:
@@ -254,10 +271,7 @@ def train_vq(config: MultiModalityConfig, work: Path, steps: int) -> VQ:
                 if step < revive_until and step % 20 == 0:
                     revive(model, z.detach()[patches_off_background(off)], rng)
             y = model.decode(quantised).float()
-        weight = 1 + 3 * off.float()
-        weight = weight / weight.mean()
-        error = y - x
-        return (weight * (error.abs() + error.pow(2))).mean() + codebook_loss
+        return painting_error(y, x, off) + codebook_loss
 
     def lr(progress: float) -> float:
         return 1e-3 * min(1.0, progress * steps / 100) * min(1.0, (1.02 - progress) / (1 - 0.33))
@@ -271,6 +285,63 @@ def revive(model: VQ, candidates: Tensor, rng: np.random.Generator) -> None:
     dead = (model.idle > 100).nonzero()[:, 0][: len(candidates)]
     model.vq.quantize.embedding.weight.data[dead] = candidates[rng.permutation(len(candidates))[: len(dead)]]
     model.idle[dead] = 0
+
+
+class Bank(NamedTuple):
+    """Drawings as (scene, shift), their codes [drawings, 64], and how many of the first of them show one object."""
+
+    drawings: list[tuple[Scene, tuple[int, int]]]
+    codes: Tensor
+    count_of_one: int
+
+    def sample(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """The numbers of `count` drawings, 35% of them with one object."""
+        one, two = rng.integers(0, self.count_of_one, count), rng.integers(self.count_of_one, len(self.codes), count)
+        return np.where(rng.random(count) < 0.35, one, two)
+
+
+@torch.no_grad()
+def encode_drawings(vq: VQ, path: Path) -> Bank:
+    """Every seen one-object scene in every shift, every seen two-object scene in three; the codes stay in `path`."""
+    rng = rng_at("codes", 0)
+    around = range(-scenes.JITTER, scenes.JITTER + 1)
+    shifts = [(dx, dy) for dx in around for dy in around]
+    drawings = [(scene, shift) for scene in ONE for shift in shifts]
+    count_of_one = len(drawings)
+    drawings += [(scene, shifts[k]) for scene in TWO for k in rng.permutation(len(shifts))[:3]]
+    if not path.exists():
+        codes = []
+        for start in range(0, len(drawings), 64):
+            x = pixels([scenes.render(scene, *shift) for scene, shift in drawings[start : start + 64]])
+            with torch.autocast("cpu", torch.bfloat16):
+                codes.append(vq.encode(x.contiguous(memory_format=torch.channels_last)).short())
+        torch.save(torch.cat(codes), path)
+        LOG.info("encoded %d drawings", len(drawings))
+    return Bank(drawings, torch.load(path, weights_only=True).long(), count_of_one)
+
+
+def train_decoder(vq: VQ, bank: Bank, work: Path, steps: int) -> VQ:
+    """Crisper pictures of the same codes: encoder and codebook stay as they are, and edges count beside colours."""
+    for part in (vq.vq.encoder, vq.vq.quant_conv, vq.vq.quantize):
+        part.requires_grad_(False)
+    vq.train().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    codebook = vq.codebook().detach()
+
+    def loss_at(step: int) -> Tensor:
+        picks = bank.sample(rng_at("decoder", step), 16)
+        drawings = [bank.drawings[k] for k in picks]
+        x = pixels([scenes.render(scene, *shift) for scene, shift in drawings])
+        side = scenes.SIDE // PATCH
+        with torch.autocast("cpu", torch.bfloat16):
+            y = vq.decode(codebook[bank.codes[picks]].unflatten(1, (side, side))).float()
+        edges = sum(torch.diff(y - x, dim=dim).abs().mean() for dim in (2, 3))
+        return painting_error(y, x, off_background(x, [scene for scene, _ in drawings])) + edges
+
+    def lr(progress: float) -> float:
+        return 5e-4 * min(1.0, progress * steps / 100) * (1.01 - progress)
+
+    fit("decoder", vq, loss_at, steps, lr, work)
+    return vq.eval()
 
 
 # --- the tokenizer
@@ -325,10 +396,11 @@ def near_misses(scene: Scene, rng: np.random.Generator) -> list[Scene]:
     return [miss for miss in seen(changed) if miss != scene and len(set(miss.objects)) == len(scene.objects)]
 
 
+THINGS = [f"{colour} {shape}" for colour in scenes.COLOURS for shape in scenes.SHAPES]
 PARTS = [
     [*scenes.COLOURS],
     [*scenes.SHAPES],
-    [f"a {colour} {shape}" for colour in scenes.COLOURS for shape in scenes.SHAPES],
+    [f"a {thing}" for thing in THINGS],
     [f"a {name} background" for name in scenes.BACKGROUNDS],
 ]
 
@@ -450,34 +522,25 @@ def write_processor(tokenizer: Tokenizer, directory: Path) -> VLChatProcessor:
     return VLChatProcessor.from_pretrained(directory)
 
 
-@torch.no_grad()
-def encode_drawings(vq: VQ, path: Path) -> tuple[list[Scene], Tensor, int]:
-    """Scenes, their codes [drawings, 64], and how many of the first of them show one object; kept in `path`.
-
-    Every seen one-object scene stands there in every shift, every seen two-object scene in three.
-    """
-    rng = rng_at("codes", 0)
-    around = range(-scenes.JITTER, scenes.JITTER + 1)
-    shifts = [(dx, dy) for dx in around for dy in around]
-    jobs = [(scene, shift) for scene in ONE for shift in shifts]
-    count_of_one = len(jobs)
-    jobs += [(scene, shifts[k]) for scene in TWO for k in rng.permutation(len(shifts))[:3]]
-    if not path.exists():
-        codes = []
-        for start in range(0, len(jobs), 64):
-            x = pixels([scenes.render(scene, *shift) for scene, shift in jobs[start : start + 64]])
-            with torch.autocast("cpu", torch.bfloat16):
-                codes.append(vq.encode(x.contiguous(memory_format=torch.channels_last)).short())
-        torch.save(torch.cat(codes), path)
-        LOG.info("llama: encoded %d drawings", len(jobs))
-    return [scene for scene, _ in jobs], torch.load(path, weights_only=True).long(), count_of_one
-
-
 def render_question(processor: VLChatProcessor, question: str, answer: str) -> tuple[str, str]:
     """A conversation about one image, up to where its question begins, and from there on."""
     head = f"{processor.image_tag}\n"
     before, after = render_chat(processor, [head + question, answer], processor.system_prompt).split(head)
     return before + head, after
+
+
+def yes_or_no(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str, str]]:
+    """Two more of `scenes.questions`: is an object there, and is a caption true; every other answer is no."""
+    own = [*map(" ".join, scene.objects)]
+    alike = [a for a in THINGS if a not in own and any(set(a.split()) & set(b.split()) for b in own)]
+    absent = rng.choice(alike if rng.random() < 0.5 else [a for a in THINGS if a not in own])
+    thing = rng.choice([rng.choice(own), absent])
+    caption = rng.choice([scene.caption, rng.choice([miss.caption for miss in near_misses(scene, rng)])])
+    asked = [
+        (f"Is there a {thing} in the image?", thing in own),
+        (VQA_QUESTION.format(caption), caption == scene.caption),
+    ]
+    return [("yes or no", question, "yes" if true else "no") for question, true in asked]
 
 
 class Turns(NamedTuple):
@@ -522,18 +585,34 @@ def answer_labels(ids: Tensor, processor: VLChatProcessor) -> Tensor:
     return labels
 
 
-def train_llama(
-    config: MultiModalityConfig, work: Path, steps: int, vq: VQ, siglip: SiglipModel, processor: VLChatProcessor
-) -> MultiModalityCausalLM:
-    bank, codes, count_of_one = encode_drawings(vq, work / "codes.pt")
+def untrained(config: MultiModalityConfig, vq: VQ, siglip: SiglipModel) -> MultiModalityCausalLM:
+    """A Janus around a trained VQ model and tower, with the codebook as the first embedding of image tokens."""
     torch.manual_seed(SEED)
-    model = MultiModalityCausalLM(config).train()
+    model = MultiModalityCausalLM(config)
     model.vision_model.vision_tower.load_state_dict(siglip.vision_model.state_dict())
     model.gen_vision_model.load_state_dict(vq.vq.state_dict())
     model.gen_vision_model.quantize.embedding.weight.data.copy_(vq.codebook())
     model.gen_embed.weight.data.copy_(vq.codebook())
+    return model
+
+
+def misdrawn(codes: Tensor, codebook: Tensor, rng: np.random.Generator) -> Tensor:
+    """Codes [batch, T] as sampling errs: up to a tenth of a row's are another drawing's, or codes near the true one."""
+    wrong = rng.random(codes.shape) < 0.1 * rng.random((len(codes), 1))
+    near = (codebook[codes] @ codebook.T).topk(9, dim=-1).indices[..., 1:]
+    near = near.take_along_dim(torch.from_numpy(rng.integers(0, 8, (*codes.shape, 1))), -1)[..., 0]
+    other = torch.where(torch.from_numpy(rng.random(codes.shape) < 0.5), near, codes.roll(1, dims=0))
+    return torch.where(torch.from_numpy(wrong), other, codes)
+
+
+def train_llama(
+    model: MultiModalityCausalLM, work: Path, steps: int, peak: float, bank: Bank, processor: VLChatProcessor
+) -> MultiModalityCausalLM:
+    """`peak`: the highest rate of learning."""
+    model.train()
     for part in (model.vision_model, model.gen_vision_model):
         part.eval().requires_grad_(False)
+    codebook = model.gen_vision_model.quantize.embedding.weight
     backbone, pad = model.language_model.model, processor.pad_id
     before_question, _ = render_question(processor, "What?", "")
 
@@ -542,10 +621,9 @@ def train_llama(
 
     def painting_loss(rng: np.random.Generator) -> Tensor:
         """Text to image: 32 prompts, a tenth of them blanked as guidance blanks them."""
-        one = rng.random(32) < 0.35
-        picks = np.where(one, rng.integers(0, count_of_one, 32), rng.integers(count_of_one, len(bank), 32))
-        prompts = [prompt_ids(bank[k]) for k in picks]
-        longest, drawn_codes = max(map(len, prompts)), codes[torch.from_numpy(picks)]
+        picks = bank.sample(rng, 32)
+        prompts = [prompt_ids(bank.drawings[k][0]) for k in picks]
+        longest, codes = max(map(len, prompts)), bank.codes[picks]
         ids = torch.full((len(prompts), longest + codes.shape[1] - 1), pad)
         painted = torch.zeros_like(ids, dtype=torch.bool)
         for row, prompt in enumerate(prompts):
@@ -553,17 +631,19 @@ def train_llama(
             ids[row, : len(prompt)] = torch.tensor(blank if rng.random() < 0.1 else prompt)
             painted[row, len(prompt) : len(prompt) + codes.shape[1] - 1] = True
         embeds = model.get_input_embeddings()(ids)
-        embeds[painted] = model.prepare_gen_img_embeds(drawn_codes[:, :-1]).flatten(0, 1).to(embeds.dtype)
+        shown = misdrawn(codes[:, :-1], codebook, rng)
+        embeds[painted] = model.prepare_gen_img_embeds(shown).flatten(0, 1).to(embeds.dtype)
         predicting = painted | painted.roll(-1, dims=1)
         hidden = backbone(inputs_embeds=embeds, use_cache=False).last_hidden_state[predicting]
-        return cross_entropy(model.gen_head(hidden).float(), drawn_codes.flatten())
+        return cross_entropy(model.gen_head(hidden).float(), codes.flatten())
 
     def answering_loss(rng: np.random.Generator) -> Tensor:
-        """Questions about images: 16 images, each with every question about it."""
-        batch = sample_scenes(rng, 16, share_of_one=0.2)
+        """Questions about images: 10 images, each with every question about it."""
+        batch = sample_scenes(rng, 10, share_of_one=0.2)
         images = [Image.fromarray(scenes.draw(scene, rng)) for scene in batch]
         head = processor.batchify([(before_question, [image]) for image in images])
-        turns = pack_turns(processor, [scenes.questions(scene) for scene in batch], head.input_ids.shape[1])
+        asked = [scenes.questions(scene) + yes_or_no(scene, rng) for scene in batch]
+        turns = pack_turns(processor, asked, head.input_ids.shape[1])
         embeds = model.prepare_inputs_embeds(**vars(head))
         embeds = torch.cat([embeds, model.get_input_embeddings()(turns.ids).to(embeds.dtype)], dim=1)
         hidden = backbone(
@@ -579,7 +659,7 @@ def train_llama(
             return painting_loss(rng) + answering_loss(rng)
 
     def lr(progress: float) -> float:
-        return 1.5e-3 * min(1.0, progress * steps / 150) * (1.005 - progress)
+        return peak * min(1.0, progress * steps / 150) * (1.005 - progress)
 
     fit("llama", model, loss_at, steps, lr, work)
     return model.eval()
@@ -606,19 +686,36 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/janus-tiny"), help="checkpoints and log of the stages")
     parser.add_argument("--vq-steps", type=int, default=2400)
     parser.add_argument("--tower-steps", type=int, default=2400)
+    parser.add_argument("--decoder-steps", type=int, default=2400)
     parser.add_argument("--llama-steps", type=int, default=4000)
+    parser.add_argument("--start_from", type=Path, help="an earlier janus-tiny, whose weights are gone on from")
+    parser.add_argument("--only", choices=["decoder", "llama"], help="run this stage, write no checkpoint")
     parser.add_argument("--out", type=Path, default=Path("janus/checkpoints/janus-tiny"))
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     handlers = [logging.StreamHandler(), logging.FileHandler(args.work / "log.txt")]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", handlers=handlers)
     tokenizer = build_tokenizer()
-    config = janus_config(-(-tokenizer.get_vocab_size() // 64) * 64)
-    vq = train_vq(config, args.work, args.vq_steps)
-    siglip = train_tower(config, args.work, args.tower_steps, tokenizer)
     processor = write_processor(tokenizer, args.work / "processor")
-    model = train_llama(config, args.work, args.llama_steps, vq, siglip, processor)
-    export(model, siglip, tokenizer, args.out)
+    if args.start_from:
+        model = MultiModalityCausalLM.from_pretrained(args.start_from, dtype=torch.float32)
+        siglip, _ = load_text_encoder(args.start_from / "siglip")
+        vq = VQ(janus_config(model.config.language_config.vocab_size))
+        vq.vq.load_state_dict(model.gen_vision_model.state_dict())
+    else:
+        config = janus_config(-(-tokenizer.get_vocab_size() // 64) * 64)
+        vq = train_vq(config, args.work, args.vq_steps)
+        siglip = train_tower(config, args.work, args.tower_steps, tokenizer)
+        model = untrained(config, vq, siglip)
+    bank = encode_drawings(vq.eval(), args.work / "codes.pt")
+    if args.only != "decoder":
+        train_llama(model, args.work, args.llama_steps, 5e-4 if args.start_from else 1.5e-3, bank, processor)
+    if args.only != "llama":
+        vq = train_decoder(vq, bank, args.work, args.decoder_steps)
+    if args.only is None:
+        model.gen_vision_model.decoder.load_state_dict(vq.vq.decoder.state_dict())
+        model.gen_vision_model.post_quant_conv.load_state_dict(vq.vq.post_quant_conv.state_dict())
+        export(model, siglip, tokenizer, args.out)
 
 
 if __name__ == "__main__":
