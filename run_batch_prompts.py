@@ -104,8 +104,11 @@ def images_per_batch(model, num_layers_read: int, prompt_length: int, num_tokens
     noise = 4 * model.gen_embed.weight.shape[0] * (num_tokens if window > 1 else 1)
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
+    elif device.type == "mps":
+        free = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGESIZE") if hasattr(os, "sysconf") else 4 << 30
+        known = "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", ())  # on Linux
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGESIZE") if known else 4 << 30
     return max(1, min(MAX_IMAGES_PER_BATCH.get(device.type, 64), int(0.7 * free / (cache + logits + noise))))
 
 
@@ -124,6 +127,8 @@ def decode_within_memory(model, tokens: Tensor) -> list[Image.Image]:
 def free_cached_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 # --- painting --------------------------------------------------------------------------------------------------------
@@ -473,7 +478,7 @@ def load_job(parser: CommandParser, args: argparse.Namespace) -> Job:
     else:
         prompts = read_prompts(args.prompt_json or EXAMPLE_PROMPTS, args.max_prompts)
     scorer = read_scorer(parser, args)
-    _, processor, model = load_pretrained_model(args.model, args.dtype, args.device)
+    _, processor, model = load_pretrained_model(args.model, args.dtype, args.device, args.quantize, args.offload)
     decodings = {name: make_decoding(model, **values) for name, values in variants.items()}
     settings = painting_settings(args, model, scorer, decodings)
     score = None
@@ -621,7 +626,8 @@ def paint_again(args: argparse.Namespace) -> None:
         raise ValueError(f"{target} exists: choose another --outdir")
     model_given = args.model != str(JANUS_TINY) or settings["model"] == JANUS_TINY.name
     source = args.model if model_given else settings["model"]
-    _, processor, model = load_pretrained_model(source, settings["dtype"], args.device)
+    quantize = settings.get("quantize")
+    _, processor, model = load_pretrained_model(source, settings["dtype"], args.device, quantize, args.offload)
     prompts, row, images = find_batch(settings, args.again)
     size = settings["parallel_size"]
     rendered = [format_image_prompt(processor, prompt) for prompt in prompts]
