@@ -3,8 +3,8 @@
 python -m benchmarks.small_machines path/to/expert_factor.csv [--parts tiny smollm2 sizes loading]
 
 tiny: prompts met, answers right and equal tokens of janus-tiny; smollm2: FACTOR and perplexity of SmolLM2-135M; sizes:
-the bytes of Janus-Pro's weights, computed; loading: the peak of loading 1B's shapes, of random weights in bfloat16 (4 GiB
-in a temporary directory), and of what follows. What docs/small_machines.json has already is not measured again.
+the bytes of Janus-Pro's weights, computed; loading: the peak of loading 1B's shapes, of random weights in bfloat16
+(4 GiB in a temporary directory), and of what follows. What docs/small_machines.json has already is not measured again.
 """
 
 import json
@@ -64,7 +64,8 @@ def tensors_within(value: Any) -> Iterator[Tensor]:
 
 
 def num_bytes(model: nn.Module) -> int:
-    return sum(tensor.nbytes for parameter in model.parameters() for tensor in tensors_within(parameter))
+    parameters = (parameter for parameter in model.parameters() if not parameter.is_meta)
+    return sum(tensor.nbytes for parameter in parameters for tensor in tensors_within(parameter))
 
 
 def computed_bytes(model: nn.Module, kind: str) -> dict[str, float]:
@@ -73,7 +74,7 @@ def computed_bytes(model: nn.Module, kind: str) -> dict[str, float]:
     In int8 each output has a scale in bfloat16; in NF4 each block of 64 weights one of 8 bits, each 256 of these one of
     32, and each layer two tables of 16 and 256 float32 and an offset.
     """
-    sizes = dict.fromkeys(("blocks", "rest of the LLaMA", "tower", "VQ", "heads and aligners"), 0.0)
+    sizes: dict[str, float] = dict.fromkeys(("blocks", "rest of the LLaMA", "tower", "VQ", "heads and aligners"), 0.0)
     part_of = {"language_model": "rest of the LLaMA", "vision_model": "tower", "gen_vision_model": "VQ"}
     for name, parameter in model.named_parameters():
         if name.startswith("language_model.model.layers.") and parameter.dim() == 2:
@@ -161,18 +162,17 @@ def compute_sizes() -> dict[str, Any]:
     return found
 
 
-def load_and_use(directory: str, kind: str, offload: bool) -> None:
+def load_and_use(directory: str, kind: str, offload: str = "") -> None:
     """In a process of its own: print what loading took, and what painting's and then reading's end took, as JSON."""
     _, quantize = KINDS[kind]
     load_pretrained_model(JANUS_TINY, "bfloat16", "cpu", quantize)  # code and libraries
     before = memory("VmRSS")
-    processor, model = load_pretrained_model(directory, "bfloat16", "cpu", quantize, offload)[1:]
+    _, model = load_pretrained_model(directory, "bfloat16", "cpu", quantize, bool(offload))[1:]
     found = {"loading": memory("VmHWM") - before, "loaded": memory("VmRSS") - before, "bytes": num_bytes(model)}
-    side = model.config.vision_config.image_size if hasattr(model.config.vision_config, "image_size") else 384
     tokens_to_images(model, torch.zeros((1, 576), dtype=torch.long))
     found["painted"] = memory("VmRSS") - before
     with torch.inference_mode():
-        model.vision_model(torch.zeros((1, 3, side, side), dtype=torch.bfloat16))
+        model.vision_model(torch.zeros((1, 3, 384, 384), dtype=torch.bfloat16))
     found |= {"read": memory("VmRSS") - before, "peak": memory("VmHWM") - before}
     print(json.dumps(found))
 
@@ -181,12 +181,13 @@ def measure_loading() -> dict[str, Any]:
     found = {}
     with tempfile.TemporaryDirectory() as directory:
         processor = VLChatProcessor.from_pretrained(JANUS_TINY)
+        processor.image_processor.image_size, processor.num_image_tokens = 384, 576
         processor.save_pretrained(directory)
         random_janus("1b", torch.bfloat16, torch.device("cpu")).save_pretrained(directory)
         for kind in STORED:
             for offload in (False, True):
-                code = "import sys; from benchmarks.small_machines import load_and_use as f; f(*sys.argv[1:3], sys.argv[3] == 'True')"
-                command = [sys.executable, "-c", code, directory, kind, str(offload)]
+                code = "import sys; from benchmarks.small_machines import load_and_use; load_and_use(*sys.argv[1:])"
+                command = [sys.executable, "-c", code, directory, kind, *["offload"] * offload]
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
                 found[f"{kind}{', offload' * offload}"] = json.loads(done.stdout.splitlines()[-1])
                 print(f"1B, {kind}{', offload' * offload}: {done.stdout.splitlines()[-1]}", flush=True)

@@ -78,7 +78,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--model", default=DEFAULT_MODEL, help=f"checkpoint directory or hub id (default: {Path(DEFAULT_MODEL).name})")
     add("--device", default="auto", help="cpu, cuda, cuda:N, mps, or auto: CUDA if there is one (default: %(default)s)")
-    add("--dtype", default="auto", help="float32, bfloat16, float16, or auto: bfloat16 but on the CPU (default: %(default)s)")
+    add(
+        "--dtype",
+        default="auto",
+        help="float32, bfloat16, float16, or auto: bfloat16 but on the CPU (default: %(default)s)",
+    )
     help_quantize = "the LLaMA's linear layers in 8 bits (by torchao) or 4 (by bitsandbytes) (default: as --dtype)"
     add("--quantize", choices=tuple(LIBRARIES), help=help_quantize)
     add("--offload", action="store_true", help="of tower and VQ, only the one in use in memory (default: both)")
@@ -108,7 +112,7 @@ def add_dola_arguments(parser: argparse.ArgumentParser, default: str, alpha: flo
 
 
 def run_settings(args: argparse.Namespace, model) -> dict[str, str]:
-    """Where a run's numbers come from beside its decoding: checkpoint, dtype, kind of device, and quantisation if any."""
+    """Where a run's numbers come from beside its decoding: checkpoint, dtype, device's kind, quantisation if any."""
     weight = model.language_model.get_input_embeddings().weight
     quantized = getattr(model, "quantized", None)  # the original code's have none
     return {

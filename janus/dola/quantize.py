@@ -6,6 +6,7 @@ Both compute in the dtype of what comes in, so that everything that reads hidden
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -61,12 +62,19 @@ def _int8_quantizer() -> Callable[[nn.Linear], nn.Linear]:
 def _int4_quantizer() -> Callable[[nn.Linear], nn.Linear]:
     from bitsandbytes.nn import Linear4bit, Params4bit
 
+    four_bits: Any = Params4bit  # made by its __new__, which type checkers do not follow
+
     def put(linear: nn.Linear) -> nn.Linear:
         weight = linear.weight
         quantized = Linear4bit(
-            linear.in_features, linear.out_features, bias=False, compute_dtype=weight.dtype, quant_type="nf4", device="meta"
+            linear.in_features,
+            linear.out_features,
+            bias=False,
+            compute_dtype=weight.dtype,
+            quant_type="nf4",
+            device="meta",
         )
-        quantized.weight = Params4bit(weight.data, quant_type="nf4").to(weight.device)
+        quantized.weight = four_bits(weight.data, quant_type="nf4").to(weight.device)
         quantized.bias = linear.bias
         quantized.support_avx512bf16_for_cpu = False  # its packing asks for widths of multiples of 32
         return quantized

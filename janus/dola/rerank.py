@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -223,7 +224,7 @@ def main() -> None:
         layer = args.layer
     elif args.layer_ratio is not None:
         layer = pick_static_layer_index(tower_depth(tower), args.layer_ratio)
-    weight = model.language_model.get_input_embeddings().weight
+    weight: Any = model.language_model.get_input_embeddings().weight
     for start in range(0, len(pictures), IMAGES_PER_BATCH):
         images = pixel_values(processor.image_processor, pictures[start : start + IMAGES_PER_BATCH]).to(weight)
         if args.candidate_layers is None:

@@ -192,7 +192,6 @@ def load_model(
     return model.eval()
 
 
-
 OFFLOADED = ("vision_model.", "gen_vision_model.")
 
 

@@ -175,11 +175,11 @@ class MultiModalityCausalLM(PreTrainedModel):
 
     @property
     def device(self) -> torch.device:
-        return self.get_input_embeddings().weight.device
+        return self.language_model.model.embed_tokens.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.get_input_embeddings().weight.dtype
+        return self.language_model.model.embed_tokens.weight.dtype
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()

@@ -185,7 +185,9 @@ def main() -> None:
         "batch_size": args.batch_size,
         "norm": norm,
     }
-    tokenizer, processor, model = load_pretrained_model(args.model, args.dtype, args.device, args.quantize, args.offload)
+    tokenizer, processor, model = load_pretrained_model(
+        args.model, args.dtype, args.device, args.quantize, args.offload
+    )
     settings |= run_settings(args, model)
     texts = texts_of(examples)
     settings["model_sha256"] = fingerprint(model, tokenizer(texts)["input_ids"], vars(processor.image_processor))
