@@ -1,6 +1,6 @@
-"""What 8 and 4 bits cost and save: docs/small_machines.md, all of it or a part (Linux).
+"""What 8 and 4 bits cost and save: the tables of docs/small_machines.md (Linux).
 
-python -m benchmarks.small_machines path/to/expert_factor.csv [--parts tiny smollm2 sizes loading]
+python -m benchmarks.small_machines path/to/expert_factor.csv
 
 tiny: prompts met, answers right and equal tokens of janus-tiny; smollm2: FACTOR and perplexity of SmolLM2-135M; sizes:
 the bytes of Janus-Pro's weights, computed; loading: the peak of loading 1B's shapes, of random weights in bfloat16
@@ -33,7 +33,7 @@ from janus.dola.quantize import quantize_blocks
 from janus.dola.scoring import teacher_force
 from janus.models import VLChatProcessor
 from tools import scenes
-from tools.eval_janus_tiny import Rate, markdown, percent, question_rates
+from tools.eval_janus_tiny import markdown, percent, question_rates
 from tools.make_validation_sets import prompts_to_paint
 
 KINDS = {
@@ -71,15 +71,15 @@ def num_bytes(model: nn.Module) -> int:
 def computed_bytes(model: nn.Module, kind: str) -> dict[str, float]:
     """Bytes by part: linear layers of the LLaMA's blocks, the rest of the LLaMA, tower, VQ, heads and aligners.
 
-    In int8 each output has a scale in bfloat16; in NF4 each block of 64 weights one of 8 bits, each 256 of these one of
-    32, and each layer two tables of 16 and 256 float32 and an offset.
+    In int8 each output has a scale of 4 bytes and a zero point of one; in NF4 each block of 64 weights has a scale of
+    one byte, each 256 of these one of 4, and each layer two tables of 16 and 256 numbers and an offset, of 4 bytes.
     """
     sizes: dict[str, float] = dict.fromkeys(("blocks", "rest of the LLaMA", "tower", "VQ", "heads and aligners"), 0.0)
     part_of = {"language_model": "rest of the LLaMA", "vision_model": "tower", "gen_vision_model": "VQ"}
     for name, parameter in model.named_parameters():
         if name.startswith("language_model.model.layers.") and parameter.dim() == 2:
             blocks = -(-parameter.numel() // 64)
-            scales = {"bfloat16": 0, "int8": 2 * len(parameter), "int4": blocks + 4 * -(-blocks // 256) + 4 * 273}
+            scales = {"bfloat16": 0, "int8": 5 * len(parameter), "int4": blocks + 4 * -(-blocks // 256) + 4 * 273}
             sizes["blocks"] += STORED[kind] * parameter.numel() + scales[kind]
         else:
             sizes[part_of.get(name.partition(".")[0], "heads and aligners")] += 2 * parameter.numel()
@@ -197,23 +197,72 @@ def measure_loading() -> dict[str, Any]:
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
+def gib(size: float) -> str:
+    return f"{size / 2**30:.2f}"
+
+
+def report(found: dict[str, Any]) -> Iterator[str]:
+    """The tables of what was measured, each under a line that says what it is."""
+    if tiny := found.get("tiny"):
+        header = ["janus-tiny", "MB of weights", "baseline: prompts met, %", "equal tokens, %"]
+        header += [f"layer {LAYER}: prompts met, %", "equal tokens, %", "answers right, %"]
+        rows = []
+        for kind, row in tiny.items():
+            painted = [
+                cell for of in (row["baseline"], row["DoLa"]) for cell in (percent(of["met"]), share(of["equal"]))
+            ]
+            rows.append([kind, f"{row['bytes'] / 1e6:.1f}", *painted, percent(row["answers"])])
+        yield markdown(header, rows)
+    if rows := [(kind, found[f"smollm2 {kind}"]) for kind in KINDS if f"smollm2 {kind}" in found]:
+        header = ["SmolLM2-135M", "MB of weights", "FACTOR, %", "perplexity of the true completions"]
+        yield markdown(
+            header,
+            [[kind, f"{x['bytes'] / 1e6:.0f}", percent(x["factor"]), f"{x['perplexity']:.2f}"] for kind, x in rows],
+        )
+    if sizes := found.get("sizes"):
+        header = ["GiB, computed", *next(iter(sizes["1b"].values())), "together"]
+        yield markdown(
+            header,
+            [
+                [f"Janus-Pro-{size.upper()}, {kind}", *map(gib, parts.values()), gib(sum(parts.values()))]
+                for size, kinds in sizes.items()
+                for kind, parts in kinds.items()
+            ],
+        )
+    if loading := found.get("loading"):
+        columns = {
+            "bytes": "weights",
+            "loading": "peak of loading",
+            "painted": "after painting",
+            "read": "after reading",
+        }
+        yield markdown(
+            ["1B's shapes on the CPU, GiB", *columns.values(), "peak of all"],
+            [[name, *(gib(row[key]) for key in (*columns, "peak"))] for name, row in loading.items()],
+        )
+
+
+def share(x: float) -> str:
+    return f"{100 * x:.1f}"
+
+
 def main() -> None:
     parts: dict[str, Callable[[], Any]] = {
         "tiny": measure_tiny,
         "sizes": compute_sizes,
         "loading": measure_loading,
-        "smollm2": lambda: {kind: measure_smollm2(args.factor, kind) for kind in KINDS},
+        **{f"smollm2 {kind}": lambda kind=kind: measure_smollm2(args.factor, kind) for kind in KINDS},
     }
     parser = CommandParser(description="What 8 and 4 bits cost and save.")
     parser.add_argument("factor", type=Path, help="FACTOR's expert set as CSV")
-    parser.add_argument("--parts", nargs="+", choices=tuple(parts), default=list(parts), help="(default: all)")
     args = parser.parse_args()
     page = Path("docs/small_machines.json")
     found = read_json_file(page) if page.exists() else {}
-    for part in args.parts:
+    for part, measure in parts.items():
         if part not in found:
-            found[part] = parts[part]()
+            found[part] = measure()
             page.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print("\n\n".join(report(found)))
 
 
 if __name__ == "__main__":

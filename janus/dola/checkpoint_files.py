@@ -176,6 +176,12 @@ def _drop_pages(tensor: Tensor) -> None:
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), 4)  # 4: MADV_DONTNEED
 
 
+def return_freed_memory() -> None:
+    """Give back to the system what glibc keeps of freed memory, in pieces between what is in use."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _is_zip(path: Path) -> bool:
     """Whether this is torch.save's zip format, which can be mapped, rather than its older one.
 

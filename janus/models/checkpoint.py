@@ -22,6 +22,7 @@ from janus.dola.checkpoint_files import (
     read_settings,
     refusing,
     resolve_directory,
+    return_freed_memory,
     rows,
     translate,
 )
@@ -170,6 +171,7 @@ def load_model(
         if put and name.startswith("language_model.model.layers.") and isinstance(linear, nn.Linear):
             with refusing(f"{directory}: {layer} cannot be quantised to {quantize} on {device}"):
                 model.set_submodule(layer, put(linear))
+            return_freed_memory()  # else three times the quantised model is held
 
     load = partial(
         load_weights,
@@ -208,7 +210,10 @@ def load_in_turn(model: "MultiModalityCausalLM", load: Callable[..., None]) -> N
         if any(p.is_meta for p in model.get_submodule(used[:-1]).parameters()):
             for module in (module for part in OFFLOADED for module in model.get_submodule(part[:-1]).modules()):
                 for key, parameter in module._parameters.items():
-                    module._parameters[key] = None if parameter is None else nn.Parameter(parameter.to("meta"))
+                    module._parameters[key] = (
+                        None if parameter is None else nn.Parameter(torch.empty_like(parameter, device="meta"))
+                    )
+            return_freed_memory()
             load(wanted=lambda name: name.startswith(used))
 
     for part in OFFLOADED:
