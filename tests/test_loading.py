@@ -1,4 +1,5 @@
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,8 +46,9 @@ def test_a_numbered_cuda_device_becomes_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     current = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    monkeypatch.setattr(loading.MultiModalityCausalLM, "from_pretrained", lambda _, **to: to)
+    monkeypatch.setattr(loading.MultiModalityCausalLM, "from_pretrained", lambda _, **to: SimpleNamespace(**to))
     _, _, loaded = load_pretrained_model(GOLDEN, device="cuda:1")
+    loaded = vars(loaded)
     assert (loaded["dtype"], loaded["device"]) == (torch.bfloat16, torch.device("cuda:1"))
     assert current == [torch.device("cuda:1")]
 

@@ -1,5 +1,7 @@
+import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from inference import answer, answer_with_dola_static
 from janus.dola import quantize as quantizing
 from janus.dola import static_backbone
 from janus.dola.cli import JANUS_TINY
+from janus.dola.layer_search import __main__ as layer_search
 from janus.dola.loading import load_pretrained_model
 from janus.models import MultiModalityCausalLM
 from tools import scenes
@@ -154,7 +157,8 @@ def test_loading_a_quantised_model_needs_little_more_than_its_size(tmp_path, kin
     from test_models import other_config
 
     config = other_config(hidden_size=640, intermediate_size=1792, num_hidden_layers=24, vocab_size=8000)
-    MultiModalityCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    model: Any = MultiModalityCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
     command = [sys.executable, "-c", MEASURE, str(GOLDEN), str(tmp_path), kind]
     assert float(subprocess.run(command, capture_output=True, text=True, check=True).stdout) < most
 
@@ -175,7 +179,7 @@ def test_offloaded_tower_and_vq_are_in_memory_in_turn_and_compute_the_same(golde
     parts = [(m.vision_model.vision_tower, m.gen_vision_model) for m in (model, golden.model)]
     tower, vq = parts[0]
     assert not in_memory(tower) and not in_memory(vq)
-    blocks = model.language_model.model.layers[0].self_attn.q_proj.weight
+    blocks = model.get_submodule("language_model.model.layers.0.self_attn.q_proj").weight
     side, size = image_geometry(model, golden.processor)[0], model.config.siglip.image_size
     codes = torch.arange(num_image_tokens(model, golden.processor))[None]
     pixels, picture = torch.rand(1, 3, size, size), torch.rand(1, 3, side, side)
@@ -187,7 +191,7 @@ def test_offloaded_tower_and_vq_are_in_memory_in_turn_and_compute_the_same(golde
         assert torch.equal(*(t.forward_head(features[0]) for t, _ in parts))
         assert in_memory(tower) and not in_memory(vq)
         assert torch.equal(*(v.encode(picture)[2][2] for _, v in parts))
-    assert model.language_model.model.layers[0].self_attn.q_proj.weight is blocks
+    assert model.get_submodule("language_model.model.layers.0.self_attn.q_proj").weight is blocks
     assert (model.device.type, model.dtype) == ("cpu", torch.float32)
 
 
@@ -199,3 +203,15 @@ def test_a_best_of_run_with_offload_writes_what_it_writes_without(tmp_path, monk
     files = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert len(files) >= 3
     assert all((tmp_path / "whole" / f).read_bytes() == (tmp_path / "offload" / f).read_bytes() for f in files)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_search_reads_a_quantised_model_and_refuses_an_offloaded_one(tmp_path, monkeypatch, drawings, kind):
+    load(kind)
+    common = ["x", "answers", "--model", str(GOLDEN), "--device", "cpu", "--data", str(drawings / "answers.jsonl")]
+    monkeypatch.setattr(sys, "argv", [*common, "--outdir", str(tmp_path / "out"), "--quantize", kind])
+    layer_search.main()
+    assert json.loads((tmp_path / "out" / "layer_search.json").read_text())["quantize"] == kind
+    monkeypatch.setattr(sys, "argv", [*common, "--outdir", str(tmp_path / "other"), "--offload"])
+    with pytest.raises(ValueError, match="--offload: a layer search reads all weights"):
+        layer_search.main()

@@ -166,6 +166,8 @@ def paint_survivors(
 
 def main() -> None:
     args = build_parser().parse_args()
+    if args.offload:
+        raise ValueError("--offload: a layer search reads all weights, to tell another checkpoint of this name")
     if args.task == "image":
         needs_model(args.scorer)
     if find_spec("matplotlib") is None:  # the original code does not ask for it
