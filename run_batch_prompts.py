@@ -7,7 +7,6 @@ if __name__ == "__main__":
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -55,7 +54,7 @@ from janus.dola.cli import (
 from janus.dola.files import RunLog, read_json_file
 from janus.dola.layouts import LAYOUTS, check_layout, write_layout
 from janus.dola.loading import load_pretrained_model
-from janus.dola.memory import is_out_of_memory
+from janus.dola.memory import free_cached_memory, free_memory, is_out_of_memory
 from janus.dola.painting import (
     IMAGE_SETTINGS,
     PaintingRun,
@@ -102,14 +101,9 @@ def images_per_batch(model, num_layers_read: int, prompt_length: int, num_tokens
     cache = 2 * 2 * llama.num_hidden_layers * llama.num_key_value_heads * head_dim * max_length * bytes_per_value
     logits = 2 * 4 * 4 * num_layers_read * window * model.gen_embed.weight.shape[0]
     noise = 4 * model.gen_embed.weight.shape[0] * (num_tokens if window > 1 else 1)
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    elif device.type == "mps":
-        free = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    else:
-        known = "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", ())  # on Linux
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGESIZE") if known else 4 << 30
-    return max(1, min(MAX_IMAGES_PER_BATCH.get(device.type, 64), int(0.7 * free / (cache + logits + noise))))
+    return max(
+        1, min(MAX_IMAGES_PER_BATCH.get(device.type, 64), int(0.7 * free_memory(device) / (cache + logits + noise)))
+    )
 
 
 def decode_within_memory(model, tokens: Tensor) -> list[Image.Image]:
@@ -122,13 +116,6 @@ def decode_within_memory(model, tokens: Tensor) -> list[Image.Image]:
     free_cached_memory()
     halves = tokens.tensor_split(2)
     return [image for half in halves for image in decode_within_memory(model, half)]
-
-
-def free_cached_memory() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    elif torch.backends.mps.is_available():
-        torch.mps.empty_cache()
 
 
 # --- painting --------------------------------------------------------------------------------------------------------
