@@ -518,16 +518,19 @@ def repeat_pairs(prompts: int, samples: int) -> Tensor:
 
 
 def make_generators(seeds: Iterable[int | None], device: torch.device) -> list[torch.Generator | None]:
-    return [None if seed is None else torch.Generator(device).manual_seed(seed) for seed in seeds]
+    """A generator for each seed: CUDA's own on CUDA, the CPU's for every other device."""
+    where = device if device.type == "cuda" else "cpu"
+    return [None if seed is None else torch.Generator(where).manual_seed(seed) for seed in seeds]
 
 
 def fill_noise(noise: Tensor, generators: Sequence[torch.Generator | None], parallel_size: int, samples: slice) -> None:
     """Exp(1) noise of one place into `[prompts, samples, vocab]`: of all of a prompt's samples, those asked for."""
     for of_prompt, generator in zip(noise, generators, strict=True):
-        if len(of_prompt) == parallel_size:
+        device = noise.device if generator is None else generator.device
+        if len(of_prompt) == parallel_size and device.type == noise.device.type:
             of_prompt.exponential_(generator=generator)
         else:
-            whole = noise.new_empty((parallel_size, noise.shape[-1]))
+            whole = noise.new_empty((parallel_size, noise.shape[-1]), device=device)
             of_prompt.copy_(whole.exponential_(generator=generator)[samples])
 
 
@@ -732,7 +735,7 @@ def main() -> None:
     check_temperature(args.temperature)
     if args.cfg_weight is not None:
         check_cfg_weight(args.cfg_weight)
-    _, processor, model = load_pretrained_model(args.model, args.dtype, args.device)
+    _, processor, model = load_pretrained_model(args.model, args.dtype, args.device, args.quantize, args.offload)
     cfg_weight = default_guidance(model) if args.cfg_weight is None else args.cfg_weight
     if args.seed is not None:
         torch.manual_seed(args.seed)

@@ -425,7 +425,9 @@ class Asking:
             for domain in dict.fromkeys(question.domain for question in questions)
         }
         self.variants = {domain: read_variants(args, switches) for domain, switches in self.switches.items()}
-        _, self.processor, self.model = load_pretrained_model(args.model, args.dtype, args.device)
+        _, self.processor, self.model = load_pretrained_model(
+            args.model, args.dtype, args.device, args.quantize, args.offload
+        )
         for variant in (variant for variants in self.variants.values() for variant in variants.values()):
             DoLaLogitsProcessor(self.model.language_model, **(variant["dola"] or {}))
         self.tau, self.banks = 1.0, {}

@@ -55,7 +55,7 @@ from janus.dola.cli import (
 from janus.dola.files import RunLog, read_json_file
 from janus.dola.layouts import LAYOUTS, check_layout, write_layout
 from janus.dola.loading import load_pretrained_model
-from janus.dola.memory import is_out_of_memory
+from janus.dola.memory import free_cached_memory, free_memory, is_out_of_memory
 from janus.dola.painting import (
     IMAGE_SETTINGS,
     PaintingRun,
@@ -102,13 +102,8 @@ def images_per_batch(model, num_layers_read: int, prompt_length: int, num_tokens
     cache = 2 * 2 * llama.num_hidden_layers * llama.num_key_value_heads * head_dim * max_length * bytes_per_value
     logits = 2 * 4 * 4 * num_layers_read * window * model.gen_embed.weight.shape[0]
     noise = 4 * model.gen_embed.weight.shape[0] * (num_tokens if window > 1 else 1)
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    elif "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGESIZE")
-    else:  # macOS and Windows do not tell
-        free = 4 << 30
-    return max(1, min(MAX_IMAGES_PER_BATCH.get(device.type, 64), int(0.7 * free / (cache + logits + noise))))
+    most = int(0.7 * free_memory(device) / (cache + logits + noise))
+    return max(1, min(MAX_IMAGES_PER_BATCH.get(device.type, 64), most))
 
 
 def decode_within_memory(model, tokens: Tensor) -> list[Image.Image]:
@@ -121,11 +116,6 @@ def decode_within_memory(model, tokens: Tensor) -> list[Image.Image]:
     free_cached_memory()
     halves = tokens.tensor_split(2)
     return [image for half in halves for image in decode_within_memory(model, half)]
-
-
-def free_cached_memory() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 # --- painting --------------------------------------------------------------------------------------------------------
@@ -475,7 +465,7 @@ def load_job(parser: CommandParser, args: argparse.Namespace) -> Job:
     else:
         prompts = read_prompts(args.prompt_json or EXAMPLE_PROMPTS, args.max_prompts)
     scorer = read_scorer(parser, args)
-    _, processor, model = load_pretrained_model(args.model, args.dtype, args.device)
+    _, processor, model = load_pretrained_model(args.model, args.dtype, args.device, args.quantize, args.offload)
     decodings = {name: make_decoding(model, **values) for name, values in variants.items()}
     settings = painting_settings(args, model, scorer, decodings)
     score = None
@@ -622,7 +612,8 @@ def paint_again(args: argparse.Namespace) -> None:
         raise ValueError(f"{target} exists: choose another --outdir")
     model_given = args.model != str(JANUS_TINY) or settings["model"] == JANUS_TINY.name
     source = args.model if model_given else settings["model"]
-    _, processor, model = load_pretrained_model(source, settings["dtype"], args.device)
+    quantize = settings.get("quantize")
+    _, processor, model = load_pretrained_model(source, settings["dtype"], args.device, quantize, args.offload)
     prompts, row, images = find_batch(settings, args.again)
     size = settings["parallel_size"]
     rendered = [format_image_prompt(processor, prompt) for prompt in prompts]

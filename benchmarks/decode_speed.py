@@ -292,6 +292,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=positive, default=5, help="rounds, medians taken (default: %(default)s)")
     parser.add_argument("--json", help="file to write the tables to as JSON (default: none)")
     args = parser.parse_args()
+    if args.quantize or args.offload:
+        parser.error("--quantize and --offload: the other ways that are measured here have neither")
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
     if args.random:

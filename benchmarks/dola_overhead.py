@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--parallel_size", type=positive, default=8, help="images (default: %(default)s)")
     parser.add_argument("--rounds", type=positive, default=15, help="of off, static and exit (default: %(default)s)")
     args = parser.parse_args()
-    _, processor, model = load_pretrained_model(args.model, args.dtype, args.device)
+    _, processor, model = load_pretrained_model(args.model, args.dtype, args.device, args.quantize, args.offload)
     prompt = format_image_prompt(processor, "a large red circle on a white background")
     depth = len(model.language_model.model.layers)
 

@@ -78,6 +78,7 @@ FLAGS = {
     "--cfg_order": ["guide_first", "contrast_first", "x", ""],
     "--format": ["png", "jpg", "gif", "../x"],
     "--dtype": ["float16", "bfloat16", "float64", "x", "", "torch.float32"],
+    "--quantize": ["int8", "int4", "int2", ""],
     "--device": ["cuda", "cuda:99", "cpu:1", "mps", "xla", "meta", "x", "", "cuda:-1"],
     "--model": ["", ".", "out", "prompt.json", "/dev/null", "no/such/model", "x" * 300, "a\nb", "caf\udce9", "../.."],
     "--outdir": [

@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--factor_examples", type=positive, default=8, help="of FACTOR (default: %(default)s)")
     parser.add_argument("--rounds", type=positive, default=5, help="(default: %(default)s)")
     args = parser.parse_args()
-    _, processor, model = load_pretrained_model(args.model, args.dtype, args.device)
+    _, processor, model = load_pretrained_model(args.model, args.dtype, args.device, args.quantize, args.offload)
     decoder = model.language_model.model
 
     images = read_examples(args.data / "image.jsonl", "image")[: args.examples]

@@ -35,7 +35,9 @@ class Device:
         self.args, self.folder = args, folder
         self.thread = ThreadPoolExecutor(max_workers=1)  # CUDA's current device and captured graphs are a thread's own
         self.works: dict[str, tuple[Event, Future]] = {}
-        load = self.thread.submit(load_pretrained_model, args.model, args.dtype, args.device)
+        load = self.thread.submit(
+            load_pretrained_model, args.model, args.dtype, args.device, args.quantize, args.offload
+        )
         self.model: Any
         self.tokenizer, self.processor, self.model = load.result()
         self.num_layers = len(self.model.language_model.model.layers)

@@ -211,7 +211,7 @@ def main() -> None:
         load_image(images / question.image)
         if by_caption and question.thing is None:
             raise ValueError(f'{path}: question {question.question_id}: expected "Is there a ... in the image?"')
-    _, processor, model = load_pretrained_model(args.model, args.dtype, args.device)
+    _, processor, model = load_pretrained_model(args.model, args.dtype, args.device, args.quantize, args.offload)
     rows = decodings(switches)
     things = sorted({question.thing for questions in asked.values() for question in questions if question.thing})
     bank, tau = None, 1.0

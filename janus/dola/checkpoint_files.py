@@ -7,7 +7,7 @@ import sys
 import warnings
 import zipfile
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,6 +176,12 @@ def _drop_pages(tensor: Tensor) -> None:
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), 4)  # 4: MADV_DONTNEED
 
 
+def return_freed_memory() -> None:
+    """Give back to the system what glibc keeps of freed memory, in pieces between what is in use."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _is_zip(path: Path) -> bool:
     """Whether this is torch.save's zip format, which can be mapped, rather than its older one.
 
@@ -192,16 +198,17 @@ def _is_zip(path: Path) -> bool:
     return True
 
 
-def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, Tensor]]:
     """The tensors of one weight file, one at a time, so that the file is never in memory as a whole.
 
+    Of those that are not `wanted`, what comes is without memory, and of no shape.
     Raises CheckpointError for a file that holds anything but tensors of floating-point numbers.
     """
     with refusing(f"{path}: truncated, or not a file of plain tensors"):
         if path.suffix == ".safetensors":
             with _open_safetensors(path) as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict)
-                    yield name, _plain(name, file.get_tensor(name))
+                    yield name, _plain(name, file.get_tensor(name)) if wanted(name) else NOT_READ
         else:
             mapped = _is_zip(path)
             with warnings.catch_warnings():
@@ -210,9 +217,12 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
             if not isinstance(tensors, dict):
                 raise ValueError(f"expected a dict of tensors, found {type(tensors).__name__}")
             for name, tensor in tensors.items():
-                yield name, _plain(name, tensor)
+                yield name, _plain(name, tensor) if wanted(name) else NOT_READ
                 if mapped:
                     _drop_pages(tensor)
+
+
+NOT_READ = torch.empty(0, device="meta")
 
 
 def _plain(name: Any, tensor: Any) -> Tensor:
@@ -287,17 +297,20 @@ def load_weights(
     device: torch.device | str = "cpu",
     rules: Collection[WeightRule] = (),
     tied: Mapping[str, str] | None = None,
+    wanted: Callable[[str], bool] = lambda name: True,
+    convert: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Fill a model built on the meta device, each parameter getting its memory once the file has shown its shape.
 
     Peak memory is the target's plus one tensor; dtype defaults to that of the first file. `rules` translate names,
-    `tied` names parameters that, where not stored, are the copy of another. Raises CheckpointError for weights that are
-    missing, unexpected, stored twice, of another shape, not finite, or more than memory holds.
+    `tied` names parameters that, where not stored, are the copy of another. Of all that must be in the files only the
+    parameters `wanted` are read; `convert` is called with the name of each once it is whole. Raises CheckpointError
+    for weights that are missing, unexpected, stored twice, of another shape, not finite, or more than memory holds.
     """
     files = weight_files(directory)
     dtype = dtype or next((t.dtype for _, t in read_tensors(files[0]) if t.is_floating_point()), torch.float32)
-    own: dict[str, Tensor] = {
-        f"{prefix}.{key}".lstrip("."): parameter
+    own: dict[str, torch.Size] = {
+        f"{prefix}.{key}".lstrip("."): parameter.shape
         for prefix, module in model.named_modules()
         for key, parameter in module._parameters.items()
         if parameter is not None
@@ -305,47 +318,58 @@ def load_weights(
 
     def place(name: str, tensor: Tensor) -> None:
         prefix, _, key = name.rpartition(".")
-        model.get_submodule(prefix)._parameters[key] = own[name] = nn.Parameter(tensor)
+        model.get_submodule(prefix)._parameters[key] = nn.Parameter(tensor)
 
     filled: dict[str, set[tuple[int, int]]] = defaultdict(set)
+
+    def thirds(name: str) -> int:
+        return sum(b - a for a, b in filled[name])
+
+    def targets_of(name: str) -> list[tuple[str, WeightRule]]:
+        targets = [(translate(name, rule.stored, rule.own), rule) for rule in rules]
+        return [(target, rule) for target, rule in targets if target in own] or [(name, AS_IS)]
+
     unexpected = []
     for file in files:
-        for name, stored in read_tensors(file):
-            targets = [(translate(name, rule.stored, rule.own), rule) for rule in rules]
-            targets = [(target, rule) for target, rule in targets if target in own] or [(name, AS_IS)]
+        for name, stored in read_tensors(file, lambda name: any(wanted(target) for target, _ in targets_of(name))):
+            targets = targets_of(name)
             if targets[0][0] not in own:
                 if name.rpartition(".")[2] not in BUFFERS:
                     unexpected.append(name)
                 continue
             for target, rule in targets:
-                assert target is not None
                 if rule.own_thirds in filled[target]:
                     raise CheckpointError(f"{file}: {name} is stored a second time")
                 filled[target].add(rule.own_thirds)
-                if list(stored.shape) != (expected := rule.stored_shape(own[target].shape)):
+                if not wanted(target):
+                    continue
+                if list(stored.shape) != (expected := rule.stored_shape(own[target])):
                     raise CheckpointError(
                         f"{file}: {name} has shape {list(stored.shape)}, the config asks for {expected}"
                     )
                 with refusing(f"{file}: {name} cannot be loaded on {device} as {dtype}"):
-                    if own[target].is_meta:
-                        place(target, torch.empty(own[target].shape, dtype=dtype, device=device))
-                    part = rows(own[target], rule.own_thirds)
+                    if model.get_parameter(target).is_meta:
+                        place(target, torch.empty(own[target], dtype=dtype, device=device))
+                    part = rows(model.get_parameter(target), rule.own_thirds)
                     part.copy_(rows(stored[0] if rule.leading_axis else stored, rule.stored_thirds))
                     finite = _is_finite(part)
                 if not finite:
                     what = "numbers too large for" if stored.isfinite().all() else "NaN or infinity, in"
                     raise CheckpointError(f"{file}: {name} holds {what} {dtype}")
+                if thirds(target) == 3:
+                    convert(target)
     for name, source in (tied or {}).items():
         if not filled[name] and filled[source]:
-            place(name, own[source].clone())
+            place(name, model.get_parameter(source).clone())
             filled[name] = {(0, 3)}
-    missing = [name for name in own if sum(b - a for a, b in filled[name]) != 3]
+    missing = [name for name in own if thirds(name) != 3]
     for kind, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
             more = ", ..." if len(names) > 3 else ""
             raise CheckpointError(f"{directory}: {len(names)} {kind} weights ({', '.join(names[:3])}{more})")
-    with refusing(f"{directory}: tables of positions that cannot be built on {device}"):
-        restore_tables(model, device)
+    if any(table.is_meta for table in model.buffers()):
+        with refusing(f"{directory}: tables of positions that cannot be built on {device}"):
+            restore_tables(model, device)
 
 
 def restore_tables(model: nn.Module, device: torch.device | str) -> None:

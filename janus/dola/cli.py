@@ -15,6 +15,7 @@ from transformers.utils import logging
 from dola_runtime import DEFAULT_ALPHA
 from janus.dola.interrupt import INTERRUPTED, exit_interrupted
 from janus.dola.memory import is_out_of_memory
+from janus.dola.quantize import LIBRARIES
 
 JANUS_TINY = Path(__file__).parents[1] / "checkpoints" / "janus-tiny"
 DEFAULT_MODEL = str(JANUS_TINY) if JANUS_TINY.is_dir() else "deepseek-ai/Janus-1.3B"  # the original code's own default
@@ -77,7 +78,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--model", default=DEFAULT_MODEL, help=f"checkpoint directory or hub id (default: {Path(DEFAULT_MODEL).name})")
     add("--device", default="auto", help="cpu, cuda, cuda:N, mps, or auto: CUDA if there is one (default: %(default)s)")
-    add("--dtype", default="auto", help="float32, bfloat16, float16, or auto: bfloat16 on CUDA (default: %(default)s)")
+    add(
+        "--dtype",
+        default="auto",
+        help="float32, bfloat16, float16, or auto: bfloat16 but on the CPU (default: %(default)s)",
+    )
+    help_quantize = "the LLaMA's linear layers in 8 bits (by torchao) or 4 (by bitsandbytes) (default: as --dtype)"
+    add("--quantize", choices=tuple(LIBRARIES), help=help_quantize)
+    add("--offload", action="store_true", help="of tower and VQ, only the one in use in memory (default: both)")
 
 
 def add_dola_arguments(parser: argparse.ArgumentParser, default: str, alpha: float = DEFAULT_ALPHA) -> None:
@@ -104,12 +112,14 @@ def add_dola_arguments(parser: argparse.ArgumentParser, default: str, alpha: flo
 
 
 def run_settings(args: argparse.Namespace, model) -> dict[str, str]:
-    """Where a run's numbers come from beside its decoding: the checkpoint, its dtype, the kind of device."""
+    """Where a run's numbers come from beside its decoding: checkpoint, dtype, device's kind, quantisation if any."""
     weight = model.language_model.get_input_embeddings().weight
+    quantized = getattr(model, "quantized", None)  # the original code's have none
     return {
         "model": JANUS_TINY.name if args.model == str(JANUS_TINY) else args.model,
         "dtype": str(weight.dtype).removeprefix("torch."),
         "device": weight.device.type,
+        **({"quantize": quantized} if quantized else {}),
     }
 
 

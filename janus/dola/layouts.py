@@ -118,7 +118,7 @@ def recipe(run: PaintingRun, name: str) -> dict[str, Any]:
     decoding, settings = run.variants[name], run.settings
     side = load_image(run.log.directory / run.file(next(filter(run.is_kept, run.positions(0))))).size
     return {
-        **{key: settings[key] for key in ("model", "dtype", "device")},
+        **{key: settings[key] for key in ("model", "dtype", "device", "quantize") if key in settings},
         "decoding": describe_decoding(decoding),
         **decoding,
         "samples_per_prompt": run.parallel_size,

@@ -37,11 +37,17 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """ "auto" is bfloat16 on CUDA and float32 elsewhere. Raises ValueError for an unknown name."""
+    """ "auto" is bfloat16 on CUDA, and on MPS where that has it, else float32.
+
+    Raises ValueError for an unknown name, and for bfloat16 on an MPS that lacks it.
+    """
+    lacks = device.type == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0)
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return torch.bfloat16 if device.type != "cpu" and not lacks else torch.float32
     if name not in DTYPES:
         raise ValueError(f"dtype {name!r} is unknown (expected auto, {', '.join(DTYPES)})")
+    if name == "bfloat16" and lacks:
+        raise ValueError("dtype bfloat16 on MPS needs macOS 14 or newer (expected float16 or float32)")
     return DTYPES[name]
 
 
@@ -49,25 +55,34 @@ def load_pretrained_model(
     path_or_hub_id: str | os.PathLike,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "auto",
+    quantize: str | None = None,
+    offload: bool = False,
 ) -> Loaded:
     """Load a Janus checkpoint into its dtype and device: (tokenizer, processor, model).
 
-    Either format loads straight there: peak host memory is that of the target plus one tensor. In a checkout of the
-    original code its own classes load what they know, the original format. Raises ValueError for an unknown dtype, an
-    absent device, and a checkpoint that cannot be loaded, in one line with file and cause (CheckpointError where
-    there is `janus.models.checkpoint`).
+    Either format loads straight there: peak host memory is that of the target plus one tensor. `quantize`, "int8" or
+    "int4", is of the linear layers in the LLaMA's blocks; with `offload` only that one of tower and VQ tokenizer is in
+    memory that was used last, read from the files anew when it is its turn. In a checkout of the original code its own
+    classes load what they know, the original format, whole. Raises ValueError for an unknown dtype or quantize, one
+    whose library is not installed, an absent device, and a checkpoint that cannot be loaded, in one line with file and
+    cause (CheckpointError where there is `janus.models.checkpoint`).
     """
     device = resolve_device(str(device))
     dtype = dtype if isinstance(dtype, torch.dtype) else resolve_dtype(dtype, device)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # streams and graphs are made on the current device
     if find_spec("janus.models.checkpoint") is None:
+        if quantize or offload:
+            raise ValueError("quantize and offload are not for the classes of the original code")
         return load_by_original_code(path_or_hub_id, dtype, device)
     from janus.dola.checkpoint_files import resolve_directory
 
     directory = resolve_directory(path_or_hub_id)
     processor = VLChatProcessor.from_pretrained(directory)
-    return processor.tokenizer, processor, MultiModalityCausalLM.from_pretrained(directory, dtype=dtype, device=device)
+    model = MultiModalityCausalLM.from_pretrained(
+        directory, dtype=dtype, device=device, quantize=quantize, offload=offload
+    )
+    return processor.tokenizer, processor, model
 
 
 def load_by_original_code(path_or_hub_id: str | os.PathLike, dtype: torch.dtype, device: torch.device) -> Loaded:

@@ -244,7 +244,11 @@ class PaintingRun:
             "index": index,
             "image": image,
             "parallel_size": self.parallel_size,
-            **{key: self.settings[key] for key in ("model", "dtype", "device", "window")},
+            **{
+                key: self.settings[key]
+                for key in ("model", "dtype", "device", "quantize", "window")
+                if key in self.settings
+            },
             "variant": variant,
             "decoding": self.variants[variant],
             "tokens_sha256": tokens_sha256,

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -210,7 +211,7 @@ def main() -> None:
     given = {"alpha_V": args.alpha, "gamma_V": args.gamma}
     switches = replace(switches, **{name: value for name, value in given.items() if value is not None})
     pictures = [load_image(path) for path in args.images]
-    _, processor, model = load_pretrained_model(args.model, args.dtype, args.device)
+    _, processor, model = load_pretrained_model(args.model, args.dtype, args.device, args.quantize, args.offload)
     siglip, tokenizer = find_text_encoder(args.model, args.text_encoder)
     tau = siglip_temperature(siglip) if args.tau is None else args.tau
     bank = build_text_bank(siglip, tokenizer, args.candidates)
@@ -223,7 +224,7 @@ def main() -> None:
         layer = args.layer
     elif args.layer_ratio is not None:
         layer = pick_static_layer_index(tower_depth(tower), args.layer_ratio)
-    weight = next(tower.parameters())
+    weight: Any = model.language_model.get_input_embeddings().weight
     for start in range(0, len(pictures), IMAGES_PER_BATCH):
         images = pixel_values(processor.image_processor, pictures[start : start + IMAGES_PER_BATCH]).to(weight)
         if args.candidate_layers is None:

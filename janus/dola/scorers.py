@@ -209,7 +209,8 @@ def score_by_tower(
     implausible among.
     """
     tower = reader.mmgpt.vision_model.vision_tower
-    pixels = pixel_values(reader.vl_chat_processor.image_processor, images).to(next(tower.parameters()))
+    weight = reader.mmgpt.language_model.get_input_embeddings().weight
+    pixels = pixel_values(reader.vl_chat_processor.image_processor, images).to(weight)
     layers = [tower_depth(tower), *([] if reading.layer is None else [reading.layer])]
     bank = build_text_bank(siglip, tokenizer, prompts).to(pixels.device)
     features = pooled_features(tower, pixels, layers, reading.norm)

@@ -3,12 +3,14 @@
 import copy
 import os
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from janus.dola.checkpoint_files import (
@@ -20,9 +22,11 @@ from janus.dola.checkpoint_files import (
     read_settings,
     refusing,
     resolve_directory,
+    return_freed_memory,
     rows,
     translate,
 )
+from janus.dola.quantize import linear_quantizer
 from janus.dola.schema import Nullable, either, number, several
 from janus.models.configuration import TOKEN, MultiModalityConfig
 
@@ -140,9 +144,16 @@ def load_model(
     device: torch.device | str,
     config: MultiModalityConfig | None = None,
     attn_implementation: str | None = None,
+    quantize: str | None = None,
+    offload: bool = False,
     **hub: Any,
 ) -> "MultiModalityCausalLM":
-    """Build the model without memory, then fill it tensor by tensor in the target dtype and device."""
+    """Build the model without memory, then fill it tensor by tensor in the target dtype and device.
+
+    With `quantize` each linear layer of the LLaMA's blocks is quantised as soon as it is filled, before the next is.
+    With `offload` tower and VQ tokenizer stay without memory until they are used (`load_in_turn`).
+    """
+    put = linear_quantizer(quantize) if quantize else None
     directory = resolve_directory(path_or_hub_id, **hub)
     file_config, rules = read_config(directory)
     config = copy.deepcopy(config) or file_config
@@ -153,25 +164,73 @@ def load_model(
     with refusing(f"{directory / 'config.json'}: not a model that can be built"), torch.device("meta"):
         model = cls(config)
     tied = {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
-    load_weights(
+
+    def convert(name: str) -> None:
+        layer = name.rpartition(".")[0]
+        linear = model.get_submodule(layer)
+        if put and name.startswith("language_model.model.layers.") and isinstance(linear, nn.Linear):
+            with refusing(f"{directory}: {layer} cannot be quantised to {quantize} on {device}"):
+                model.set_submodule(layer, put(linear))
+            return_freed_memory()  # else three times the quantised model is held
+
+    load = partial(
+        load_weights,
         model,
         directory,
         dtype=dtype,
         device=device,
         rules=rules,
         tied=tied if rules is TRANSFORMERS_FORMAT else None,  # stored once there, as the embedding
+        convert=convert,
     )
+    if offload:
+        load_in_turn(model, load)
+    else:
+        load()
+    model.quantized = quantize
     if settings is not None:
         samples = "temperature" in settings or None  # without it transformers does not write a temperature
         model.generation_config = GenerationConfig(**settings, do_sample=samples)
     return model.eval()
 
 
+OFFLOADED = ("vision_model.", "gen_vision_model.")
+
+
+def load_in_turn(model: "MultiModalityCausalLM", load: Callable[..., None]) -> None:
+    """Load all but tower and VQ tokenizer; of these two, only the one used last is in memory.
+
+    Each is read from the files when it is called and is not there, and the other let go of. Not for threads that use
+    both at once.
+    """
+    load(wanted=lambda name: not name.startswith(OFFLOADED))
+
+    @torch.inference_mode(False)
+    def bring(used: str, *_) -> None:
+        if any(p.is_meta for p in model.get_submodule(used[:-1]).parameters()):
+            for module in (module for part in OFFLOADED for module in model.get_submodule(part[:-1]).modules()):
+                for key, parameter in module._parameters.items():
+                    module._parameters[key] = (
+                        None if parameter is None else nn.Parameter(torch.empty_like(parameter, device="meta"))
+                    )
+            return_freed_memory()
+            load(wanted=lambda name: name.startswith(used))
+
+    for part in OFFLOADED:
+        for module in model.get_submodule(part[:-1]).modules():
+            module.register_forward_pre_hook(partial(bring, part))
+
+
 # --- model -> files --------------------------------------------------------------------------------------------------
 
 
 def save_model(model: "MultiModalityCausalLM", directory: str | os.PathLike) -> None:
-    """Write config.json, model.safetensors and, where the model has one, generation_config.json."""
+    """Write config.json, model.safetensors and, where the model has one, generation_config.json.
+
+    Raises ValueError for a model that is not whole, or not as it was stored.
+    """
+    if model.quantized or any(p.is_meta for p in model.parameters()):
+        raise ValueError("a model that is quantised or offloaded cannot be saved: load it as it is stored")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     pieces: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)

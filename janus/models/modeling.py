@@ -160,6 +160,7 @@ class MultiModalityCausalLM(PreTrainedModel):
     config_class = MultiModalityConfig
     _supports_sdpa = True
     _supports_flash_attn = True
+    quantized: str | None = None
 
     def __init__(self, config: MultiModalityConfig):
         super().__init__(config)
@@ -171,6 +172,14 @@ class MultiModalityCausalLM(PreTrainedModel):
         self.gen_embed = nn.Embedding(config.vq.num_embeddings, config.gen_aligner.embed_dim)
         self.language_model = LlamaForCausalLM(config.language_config)
         self.post_init()
+
+    @property
+    def device(self) -> torch.device:
+        return self.language_model.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.language_model.model.embed_tokens.weight.dtype
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -202,13 +211,17 @@ class MultiModalityCausalLM(PreTrainedModel):
         device: torch.device | str | int | None = None,
         device_map: torch.device | str | int | dict | None = None,
         attn_implementation: str | None = None,
+        quantize: str | None = None,
+        offload: bool = False,
         **others: Any,
     ) -> "MultiModalityCausalLM":
         """Load either checkpoint format.
 
         `dtype` defaults to that of the files, `device` to the CPU; `device_map` is another name for one device, as
-        "cuda" or {"": "cuda:0"}. `attn_implementation` is "sdpa" (the default) or "eager". Of other keywords, those
-        that choose a hub snapshot are taken and TypeError is raised for the rest. Raises CheckpointError for what the
+        "cuda" or {"": "cuda:0"}. `attn_implementation` is "sdpa" (the default) or "eager". `quantize`, "int8" or
+        "int4", is of the linear layers in the LLaMA's blocks; with `offload` only that one of tower and VQ tokenizer is
+        in memory that was used last. Of other keywords, those that choose a hub snapshot are taken and TypeError is
+        raised for the rest. Raises CheckpointError for what the
         files hold, ValueError for arguments.
         """
         hub = hub_keywords(cls.__name__, others)
@@ -221,6 +234,8 @@ class MultiModalityCausalLM(PreTrainedModel):
             _to_device(device, device_map),
             config=config,
             attn_implementation=attn_implementation,
+            quantize=quantize,
+            offload=offload,
             **hub,
         )
 

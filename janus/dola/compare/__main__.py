@@ -108,7 +108,7 @@ def load_scorers(specs: Sequence[str], args: argparse.Namespace, run: PaintingRu
     source = args.model or run.settings["model"]
     source = str(JANUS_TINY) if source == JANUS_TINY.name else source
     if any(map(needs_model, specs)):
-        _, processor, model = load_pretrained_model(source, args.dtype, args.device)
+        _, processor, model = load_pretrained_model(source, args.dtype, args.device, args.quantize, args.offload)
         reader = Reader(model, processor, partial(format_question, processor))
         settings = run_settings(argparse.Namespace(model=source), model) | {"text_encoder": args.text_encoder}
     texts = partial(find_text_encoder, source, args.text_encoder)

@@ -124,7 +124,7 @@ def fingerprint(model: nn.Module, *readers: object) -> str:
     """A sha256 of some values of every weight and of what reads its inputs: another checkpoint of this name differs."""
     digest = hashlib.sha256(repr(readers).encode())
     for name, weight in model.state_dict().items():
-        some = weight.flatten()[:: 1 + weight.numel() // WEIGHT_VALUES]
+        some = getattr(weight, "qdata", weight).flatten()[:: 1 + weight.numel() // WEIGHT_VALUES]
         digest.update(f"{name} {tuple(weight.shape)}".encode() + some.float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
@@ -166,6 +166,8 @@ def paint_survivors(
 
 def main() -> None:
     args = build_parser().parse_args()
+    if args.offload:
+        raise ValueError("--offload: a layer search reads all weights, to tell another checkpoint of this name")
     if args.task == "image":
         needs_model(args.scorer)
     if find_spec("matplotlib") is None:  # the original code does not ask for it
@@ -185,7 +187,9 @@ def main() -> None:
         "batch_size": args.batch_size,
         "norm": norm,
     }
-    tokenizer, processor, model = load_pretrained_model(args.model, args.dtype, args.device)
+    tokenizer, processor, model = load_pretrained_model(
+        args.model, args.dtype, args.device, args.quantize, args.offload
+    )
     settings |= run_settings(args, model)
     texts = texts_of(examples)
     settings["model_sha256"] = fingerprint(model, tokenizer(texts)["input_ids"], vars(processor.image_processor))
