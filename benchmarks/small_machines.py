@@ -2,7 +2,8 @@
 
 python -m benchmarks.small_machines path/to/expert_factor.csv
 
-tiny: prompts met, answers right and equal tokens of janus-tiny; smollm2: FACTOR and perplexity of SmolLM2-135M; sizes:
+tiny: prompts met, answers right and equal tokens of janus-tiny; smollm2: FACTOR and perplexity of SmolLM2-135M,
+passage: its perplexity on a text that the tests carry; sizes:
 the bytes of Janus-Pro's weights, computed; loading: the peak of loading 1B's shapes, of random weights in bfloat16
 (4 GiB in a temporary directory), and of what follows. What docs/small_machines.json has already is not measured again.
 """
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from benchmarks.decode_memory import memory
 from benchmarks.decode_speed import random_janus
@@ -44,6 +46,7 @@ KINDS = {
 }
 """dtype and quantize of each row."""
 
+PASSAGE = Path(__file__).parent.parent / "tests/passage.txt"
 LAYER, QUESTIONS, PROMPTS_PER_BATCH = 6, 120, 60
 STORED = {"bfloat16": 2.0, "int8": 1.0, "int4": 0.5}
 """Bytes of a weight of the LLaMA's blocks; all else is bfloat16."""
@@ -125,14 +128,29 @@ def measure_tiny() -> dict[str, Any]:
 # --- SmolLM2 ---------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def measure_smollm2(factor: Path, kind: str) -> dict[str, Any]:
-    """FACTOR, periods closed up, by the sum of log-probabilities; perplexity of the true completions."""
+def load_smollm2_as(kind: str):
     dtype, quantize = KINDS[kind]
     model, tokenizer = load_smollm2()
     model.to(getattr(torch, dtype))
     if quantize:
         quantize_blocks(model.model, quantize)
+    return model, tokenizer
+
+
+@torch.no_grad()
+def measure_passage(kind: str) -> float:
+    """Perplexity of the passage, each token but the first from all before it."""
+    model, tokenizer = load_smollm2_as(kind)
+    ids = torch.tensor(tokenizer(PASSAGE.read_text(encoding="utf-8"))["input_ids"])
+    perplexity = math.exp(cross_entropy(model(ids[None, :-1]).logits[0].float(), ids[1:]).item())
+    print(f"SmolLM2, {kind}: perplexity {perplexity:.2f} over {len(ids) - 1} tokens", flush=True)
+    return perplexity
+
+
+@torch.no_grad()
+def measure_smollm2(factor: Path, kind: str) -> dict[str, Any]:
+    """FACTOR, periods closed up, by the sum of log-probabilities; perplexity of the true completions."""
+    model, tokenizer = load_smollm2_as(kind)
     sums, of_true = [], []
     for prefix, completions in read_questions(factor):
         ids = [torch.tensor(tokenizer(" " + TEXTS["period closed up"](text))["input_ids"]) for text in completions]
@@ -214,11 +232,12 @@ def report(found: dict[str, Any]) -> Iterator[str]:
             rows.append([kind, f"{row['bytes'] / 1e6:.1f}", *painted, percent(row["answers"])])
         yield markdown(header, rows)
     if rows := [(kind, found[f"smollm2 {kind}"]) for kind in KINDS if f"smollm2 {kind}" in found]:
-        header = ["SmolLM2-135M", "MB of weights", "FACTOR, %", "perplexity of the true completions"]
-        yield markdown(
-            header,
-            [[kind, f"{x['bytes'] / 1e6:.0f}", percent(x["factor"]), f"{x['perplexity']:.2f}"] for kind, x in rows],
-        )
+        header = ["SmolLM2-135M", "MB of weights", "FACTOR, %", "perplexity: its true completions", "the passage"]
+        table = []
+        for kind, row in rows:
+            perplexities = [f"{x:.2f}" for x in (row["perplexity"], found[f"passage {kind}"])]
+            table.append([kind, f"{row['bytes'] / 1e6:.0f}", percent(row["factor"]), *perplexities])
+        yield markdown(header, table)
     if sizes := found.get("sizes"):
         header = ["GiB, computed", *next(iter(sizes["1b"].values())), "together"]
         yield markdown(
@@ -252,6 +271,7 @@ def main() -> None:
         "sizes": compute_sizes,
         "loading": measure_loading,
         **{f"smollm2 {kind}": lambda kind=kind: measure_smollm2(args.factor, kind) for kind in KINDS},
+        **{f"passage {kind}": lambda kind=kind: measure_passage(kind) for kind in KINDS},
     }
     parser = CommandParser(description="What 8 and 4 bits cost and save.")
     parser.add_argument("factor", type=Path, help="FACTOR's expert set as CSV")

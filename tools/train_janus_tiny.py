@@ -535,7 +535,8 @@ def yes_or_no(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str, st
     alike = [a for a in THINGS if a not in own and any(set(a.split()) & set(b.split()) for b in own)]
     absent = rng.choice(alike if rng.random() < 0.5 else [a for a in THINGS if a not in own])
     thing = rng.choice([rng.choice(own), absent])
-    caption = rng.choice([scene.caption, rng.choice([miss.caption for miss in near_misses(scene, rng)])])
+    misses = [miss.caption for miss in near_misses(scene, rng)]
+    caption = rng.choice([scene.caption, rng.choice(misses or [scene.caption])])
     asked = [
         (f"Is there a {thing} in the image?", thing in own),
         (VQA_QUESTION.format(caption), caption == scene.caption),
