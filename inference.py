@@ -45,7 +45,7 @@ from janus.dola.cli import (
 )
 from janus.dola.files import RunLog, load_image
 from janus.dola.fusion import TowerPrior, VisionPriorLogitsProcessor, read_tower
-from janus.dola.inputs import embed_inputs, pad_together
+from janus.dola.inputs import pad_together, read_prompts
 from janus.dola.logits_processor import DoLaLogitsProcessor, TraceLogitsProcessor
 from janus.dola.painting import prompt_seed, write_trace
 from janus.dola.question_files import Question, cut_batches, is_right, read_questions
@@ -92,17 +92,16 @@ def prepare_question(mmgpt, vl_chat_processor, images: Images, question: Turns):
 
 @torch.inference_mode()
 def decode_answers(
-    mmgpt, vl_chat_processor, batch, logits_processor: Sequence[LogitsProcessor] = (), **generate_kwargs
+    mmgpt, vl_chat_processor, prompts, logits_processor: Sequence[LogitsProcessor] = (), **generate_kwargs
 ) -> list[tuple[str, Tensor]]:
-    """The reference call of transformers' `generate` on prepared questions: greedy, at most 512 tokens.
+    """The reference call of transformers' `generate` on what `read_prompts` made: greedy, at most 512 tokens.
 
     `generate_kwargs` overrides what it is called with. Returns each question's (text, tokens `[T]` int64), the first
     where `num_return_sequences` asks for more.
     """
     tokenizer = vl_chat_processor.tokenizer
     reference = {
-        "inputs_embeds": embed_inputs(mmgpt, batch),
-        "attention_mask": batch.attention_mask,
+        **prompts,
         "pad_token_id": tokenizer.eos_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -113,7 +112,7 @@ def decode_answers(
     }
     rows = mmgpt.language_model.generate(**reference | generate_kwargs)
     answers = []
-    for tokens in rows[:: len(rows) // len(batch.input_ids)]:
+    for tokens in rows[:: len(rows) // len(prompts["attention_mask"])]:
         ends = (tokens == tokenizer.eos_token_id).nonzero()[:1, 0].tolist()
         tokens = tokens[: ends[0] + 1 if ends else None]
         answers.append((tokenizer.decode(tokens.tolist(), skip_special_tokens=True), tokens))
@@ -144,17 +143,19 @@ def answer_batch(
     if trace and generate_kwargs.get("num_beams", 1) > 1:
         raise ValueError("a trace follows one sequence: it cannot be of beams")
     prepared = [prepare_question(mmgpt, vl_chat_processor, *asked) for asked in questions]
-    batch = pad_together(prepared, vl_chat_processor.pad_id)
+    copies = max(generate_kwargs.get(name) or 1 for name in ("num_beams", "num_return_sequences"))
+    prompts = read_prompts(mmgpt, prepared, vl_chat_processor.pad_id, copies)
     dola = {"use_dola": False} if dola is None else dola
     with DoLaLogitsProcessor(mmgpt.language_model, **dola) as processor:
         processors: list[LogitsProcessor] = [processor]
         if prior is not None and prior.switches.lambda_mm > 0:
-            r_V = read_tower(mmgpt, vl_chat_processor, batch, prior)
+            together = pad_together(prepared, vl_chat_processor.pad_id)
+            r_V = read_tower(mmgpt, vl_chat_processor, together, prior)
             alpha = 0.0 if processor.on else prior.switches.alpha_L
             processors.append(VisionPriorLogitsProcessor(r_V, prior.switches.lambda_mm, alpha))
         steps = TraceLogitsProcessor(processor, trace) if trace else None
         processors += [steps] if steps else []
-        answers = decode_answers(mmgpt, vl_chat_processor, batch, processors, **generate_kwargs)
+        answers = decode_answers(mmgpt, vl_chat_processor, prompts, processors, **generate_kwargs)
     return [
         Answer(text, tokens, steps.trace_of(row, len(tokens)) if steps else {})
         for row, (text, tokens) in enumerate(answers)

@@ -17,6 +17,7 @@ from conftest import GOLDEN
 from inference import answer, answer_batch, answer_with_dola, answer_with_dola_static, answer_with_switches
 from janus.dola.cli import JANUS_TINY, run_command
 from janus.dola.fusion import TowerPrior, first_token_ids, read_tower, vision_prior
+from janus.dola.inputs import embed_inputs
 from janus.dola.rerank import rerank_with_dola_static_siglip
 from janus.dola.switches import DoLaSwitches
 from janus.models import MultiModalityCausalLM
@@ -146,6 +147,16 @@ LENGTHS = (
     ([SAMPLE], ("What colour?", "blue", "And the other one, the one that is behind it?")),
 )
 
+OTHER = Image.new("RGB", (16, 16), "red")
+ON_TWO_IMAGES = (
+    ([SAMPLE], QUESTION),
+    ([SAMPLE, OTHER], "Same?"),
+    ([SAMPLE], "And what stands behind all of that, far away?"),
+    ([OTHER], QUESTION),
+    ([SAMPLE], ("What colour?", "blue", "And the other one?")),
+    ([SAMPLE, OTHER], "Which of the two is red?"),
+)
+
 
 @pytest.mark.parametrize(
     "dola",
@@ -158,12 +169,22 @@ LENGTHS = (
     ],
 )
 @pytest.mark.parametrize("beams", [1, 3])
-def test_questions_of_any_length_and_number_of_images_are_answered_together_as_alone(golden, dola, beams: int):
+@pytest.mark.parametrize("questions", [LENGTHS, ON_TWO_IMAGES], ids=["of any length", "on the same images"])
+def test_questions_of_any_length_and_number_of_images_are_answered_together_as_alone(
+    golden, questions, dola, beams: int
+):
     usual: dict[str, Any] = {"dola": dola, "max_new_tokens": 8, "num_beams": beams}
-    together = answer_batch(golden.model, golden.processor, LENGTHS, **usual)
-    for asked, (text, tokens, _) in zip(LENGTHS, together, strict=True):
+    together = answer_batch(golden.model, golden.processor, questions, **usual)
+    for asked, (text, tokens, _) in zip(questions, together, strict=True):
         alone = answer_batch(golden.model, golden.processor, [asked], **usual)[0]
         assert tokens.tolist() == alone.tokens.tolist() and text == alone.text
+
+
+def test_images_that_several_questions_show_are_read_once(golden):
+    read = []
+    with golden.model.vision_model.register_forward_hook(lambda module, args, out: read.append(len(args[0]))):
+        answer_batch(golden.model, golden.processor, ON_TWO_IMAGES, max_new_tokens=1)
+    assert read == [3 * 2]  # three beginnings, each with places for two images
 
 
 def test_an_answer_ends_at_its_own_end_though_others_in_the_batch_go_on(golden):
@@ -231,7 +252,7 @@ def test_a_trace_tells_what_a_plain_loop_finds_at_every_token(golden, bank, dola
             )
             words = [first_token_ids(golden.processor.tokenizer, text) for text in CANDIDATES]
             bias = 0.5 * vision_prior(p_hat[0], words, 384).double()
-        steps = plain_steps(golden, 6, alpha, layers, bias, embeds=inference.embed_inputs(golden.model, batch))
+        steps = plain_steps(golden, 6, alpha, layers, bias, embeds=embed_inputs(golden.model, batch))
         assert [step.pop("token") for step in steps] == given.tokens.tolist()
         assert ("layer" in given.trace) == bool(layers)
         for t, step in enumerate(steps):
@@ -553,7 +574,9 @@ def test_one_seed_gives_one_answer_and_another_seed_another(monkeypatch, capsys)
 
 
 def test_a_model_that_ends_its_answer_at_once_is_told_of_in_a_line(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(inference, "decode_answers", lambda *args, **options: [("", ONE)] * len(args[2].input_ids))
+    monkeypatch.setattr(
+        inference, "decode_answers", lambda *args, **options: [("", ONE)] * len(args[2]["attention_mask"])
+    )
     run(monkeypatch, "--question", "?")
     out, err = capsys.readouterr()
     assert out == "\n" and err == "note: the question: the model ended its answer before a word\n"

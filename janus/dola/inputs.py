@@ -5,9 +5,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
+
+FILLED_CACHES = int(transformers.__version__.partition(".")[0]) >= 5
+"""Whether `generate` goes on from a cache where it is given embeddings."""
 
 
 def pixel_values(image_processor, images: Sequence[Image.Image]) -> Tensor:
@@ -46,6 +50,47 @@ def embed_inputs(mmgpt, batch) -> Tensor:
     if batch.images_emb_mask.any():
         return mmgpt.prepare_inputs_embeds(**vars(batch))
     return mmgpt.language_model.get_input_embeddings()(batch.input_ids)
+
+
+@torch.inference_mode()
+def read_prompts(mmgpt, batches: Sequence[Any], pad_id: int, copies: int = 1) -> dict[str, Any]:
+    """Prepared questions as what `generate` is called with; what several begin with, up to the images, is read once.
+
+    copies: how many sequences `generate` makes of each, beams among them. The mask tells a place's position, as it does
+    for padding, so that there may be padding between what is read once and the rest.
+    """
+    heads = [
+        1 + int(batch.images_seq_mask[0].nonzero().max()) if batch.images_seq_mask.any() else 0 for batch in batches
+    ]
+    begins = [
+        (batch.input_ids[0, :head].cpu().numpy().tobytes(), batch.pixel_values.float().cpu().numpy().tobytes())
+        for batch, head in zip(batches, heads, strict=True)
+    ]
+    different = list(dict.fromkeys(begins))
+    if len(different) == len(batches) or not all(heads) or not FILLED_CACHES:
+        together = pad_together(batches, pad_id)
+        return {"inputs_embeds": embed_inputs(mmgpt, together), "attention_mask": together.attention_mask}
+    first = [begins.index(begin) for begin in different]
+    read = pad_together([cut(batches[row], 0, heads[row]) for row in first], pad_id)
+    rest = pad_together([cut(batch, head, None) for batch, head in zip(batches, heads, strict=True)], pad_id)
+    embeds, words = embed_inputs(mmgpt, read), mmgpt.language_model.get_input_embeddings()
+    positions = (read.attention_mask.cumsum(-1) - 1).clamp(min=0)
+    cache = mmgpt.language_model.model(
+        inputs_embeds=embeds, attention_mask=read.attention_mask, position_ids=positions, use_cache=True
+    ).past_key_values
+    row_of = torch.tensor([different.index(begin) for begin in begins], device=embeds.device)
+    cache.batch_select_indices(row_of.repeat_interleave(copies))
+    return {
+        "inputs_embeds": torch.cat([embeds[row_of], words(rest.input_ids)], dim=1),
+        "attention_mask": torch.cat([read.attention_mask[row_of], rest.attention_mask], dim=1),
+        "past_key_values": cache,
+    }
+
+
+def cut(batch, start: int, stop: int | None) -> SimpleNamespace:
+    """Some of the tokens of a processor's batch."""
+    tokens = {name: getattr(batch, name)[:, start:stop] for name in ("input_ids", "attention_mask", "images_seq_mask")}
+    return SimpleNamespace(**vars(batch) | tokens)
 
 
 def embed_each(mmgpt, vl_chat_processor, prompts: Sequence[str], images: Sequence[Image.Image]) -> list[Tensor]:
