@@ -44,9 +44,9 @@ def test_a_block_that_both_texts_have_runs_once():
     assert read_commands([TEXT, TEXT + "```bash\nls\n```\n"]) == [*read_commands([TEXT]), Command("bash", "ls")]
 
 
-@pytest.mark.parametrize("failing", [Command("bash", "echo seen; false | cat"), Command("python", "print('seen'); 1 / 0")])
-def test_the_first_failure_ends_the_run_with_its_output(tmp_path, capfd, failing):
-    commands = [Command("bash", "touch before"), failing, Command("bash", "touch after")]
+@pytest.mark.parametrize(("language", "text"), [("bash", "echo seen; false | cat"), ("python", "print('seen'); 1 / 0")])
+def test_the_first_failure_ends_the_run_with_its_output(tmp_path, capfd, language, text):
+    commands = [Command("bash", "touch before"), Command(language, text), Command("bash", "touch after")]
     assert run_all(commands, tmp_path) == 1
     assert "seen\n" in capfd.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["before"]

@@ -1,9 +1,9 @@
 """Runs the commands of README.md and README.zh-CN.md: `python -m tools.run_readme`.
 
 Each fenced bash command and Python block runs once, in the order of the text, from the root of a fresh copy of the
-checkout and without the model hub. Not run is what a comment `# needs ...` marks, behind a command or on a line of its own
-for the rest of its block, and what `.ci/run` has done before: `pip install` and the tests. A page that is served must answer
-HTTP, and stays up for what follows. Ends at the first failure with its output and exit code 1.
+checkout and without the model hub. Not run is what a comment `# needs ...` marks, behind a command or on a line of its
+own for the rest of its block, and what `.ci/run` has done before: `pip install` and the tests. The page must answer
+HTTP, and stays up for what follows. Ends at the first failure, with its output and exit code 1.
 """
 
 import os
