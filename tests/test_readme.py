@@ -103,6 +103,15 @@ def test_the_files_that_commands_read_are_there():
     assert len(named) >= 8 and [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
+def test_ci_installs_by_the_lines_of_the_readme():
+    commands = [part for command in read_commands([ENGLISH]) for part in command.text.split(" && ")]
+    installs = {command for command in commands if command.startswith("pip install")}
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8").replace("--quiet ", "")
+    others = {install for install in installs if install not in ci}
+    assert others == {"pip install -e '.[web]'", "pip install torchao bitsandbytes"}  # pinned in requirements-dev.txt
+    assert ci.index("python -m pytest -q\n") < ci.index("python -m tools.run_readme\n")
+
+
 # --- the examples ----------------------------------------------------------------------------------------------------
 
 
