@@ -75,6 +75,7 @@ def plot(found: dict[int, dict[int, Seconds]], path: Path) -> None:
     """The CPU seconds of all workers together and of each, by how many share each list."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     together, each = figure.subplots(1, 2)
+    shards: list[int] = []
     for count, by_shards in found.items():
         shards = list(by_shards)
         seconds = [by_shards[n].cpu for n in shards]
