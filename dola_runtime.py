@@ -220,15 +220,22 @@ def jsd_from_logprobs(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (0.5 * (kl_p + kl_q)).clamp(0.0, LN2)
 
 
+def overlap_from_logprobs(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """`2 (ln 2 - JSD)` of two log-distributions `[..., vocab]`, in nats: `[...]` in [0, 2 ln 2].
+
+    Where several JSD are ln 2 but for rounding, it still tells them apart.
+    """
+    log_p, log_q = log_p.float(), log_q.float()
+    shared = log_p.exp() * softplus(log_q - log_p) + log_q.exp() * softplus(log_p - log_q)
+    return shared.nan_to_num(0.0).sum(-1)  # NaN where either probability is 0
+
+
 def select_layer_by_jsd(log_qN: Tensor, log_qj: Tensor) -> Tensor:
     """Early exit (paper, eq. 2): the candidate that differs most from the last layer, per row.
 
     `log_qN` is `[batch, vocab]`, `log_qj` `[candidates, batch, vocab]`; returns indices into the candidates, `[batch]`.
-    Compared is 2 (ln 2 - JSD): where several JSD are ln 2 but for rounding, it still tells them apart.
     """
-    log_p, log_q = log_qN.float(), log_qj.float()
-    shared = log_p.exp() * softplus(log_q - log_p) + log_q.exp() * softplus(log_p - log_q)
-    return shared.nan_to_num(0.0).sum(-1).argmin(dim=0)  # NaN where either probability is 0
+    return overlap_from_logprobs(log_qN, log_qj).argmin(dim=0)
 
 
 # --- diagnosis -------------------------------------------------------------------------------------------------------

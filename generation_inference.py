@@ -103,10 +103,25 @@ def num_image_tokens(mmgpt, vl_chat_processor) -> int:
     return (size // patch) ** 2
 
 
-def default_guidance(mmgpt) -> float:
-    """The checkpoint's own guidance: `guidance_scale` of its generation_config.json, 5 where it carries none."""
-    scale = getattr(getattr(mmgpt, "generation_config", None), "guidance_scale", None)
-    return 5.0 if scale is None else scale
+class Sampling(TypedDict):
+    cfg_weight: float
+    temperature: float
+
+
+def default_sampling(mmgpt, cfg_weight: float | None = None, temperature: float | None = None) -> Sampling:
+    """Guidance and temperature: what is given, else the checkpoint's own, else 5 and 1.
+
+    Its own are `guidance_scale` and `temperature` of its generation_config.json.
+    """
+    own = getattr(mmgpt, "generation_config", None)
+
+    def first(*values: float | None) -> float:
+        return next(value for value in values if value is not None)
+
+    return {
+        "cfg_weight": first(cfg_weight, getattr(own, "guidance_scale", None), 5.0),
+        "temperature": first(temperature, getattr(own, "temperature", None), 1.0),
+    }
 
 
 @torch.inference_mode()
@@ -632,7 +647,7 @@ def generate_with_dola_static(
     cfg_order: str = "guide_first",
     use_dola: bool = True,
     # sampling
-    temperature: float = 1.0,
+    temperature: float | None = None,
     parallel_size: int = 16,
     cfg_weight: float | None = None,
     seed: int | None = None,
@@ -645,14 +660,14 @@ def generate_with_dola_static(
 
     `layer` is in 1..N (N, like `use_dola=False`, samples from the last layer: in float32 the tokens of `generate` for
     the same seed); without it, `layer_ratio` of the depth. `gamma=0` is APC only, and `norm=False` reads the layer
-    without LN_out. `cfg_weight=None` is the checkpoint's own guidance. `window` tokens of an image are decoded per
-    pass, to the same tokens (None: what measured fastest). A list given as `trace` receives one dict per token
-    (`Record.steps`). Returns the PIL images, or with `return_tokens` (images, tokens `[parallel_size, T]` int64).
+    without LN_out. `cfg_weight` and `temperature` default to the checkpoint's own. `window` tokens of an image are
+    decoded per pass, to the same tokens (None: what measured fastest). A list given as `trace` receives one dict per
+    token (`Record.steps`). Returns the PIL images, or with `return_tokens` (images, tokens `[parallel_size, T]` int64).
     Raises ValueError for a layer, ratio, alpha, gamma, temperature, cfg_weight, cfg_order or window out of range.
     """
     layers = pick_contrast_layers(len(mmgpt.language_model.model.layers), layer, layer_ratio)
-    cfg_weight = default_guidance(mmgpt) if cfg_weight is None else cfg_weight
-    decoding = Decoding(layers, alpha, gamma, norm, temperature, cfg_weight, cfg_order)
+    sampling = default_sampling(mmgpt, cfg_weight, temperature)
+    decoding = Decoding(layers, alpha, gamma, norm, cfg_order=cfg_order, **sampling)
     images, tokens = generate_decoded(
         mmgpt,
         vl_chat_processor,
@@ -687,7 +702,7 @@ def generate_with_dola(
     cfg_order: str = "guide_first",
     use_dola: bool = True,
     # sampling
-    temperature: float = 1.0,
+    temperature: float | None = None,
     parallel_size: int = 16,
     cfg_weight: float | None = None,
     seed: int | None = None,
@@ -702,8 +717,8 @@ def generate_with_dola(
     candidate is left.
     """
     layers = pick_contrast_layers(len(mmgpt.language_model.model.layers), candidate_layers=candidate_layers)
-    cfg_weight = default_guidance(mmgpt) if cfg_weight is None else cfg_weight
-    decoding = Decoding(layers, alpha, gamma, norm, temperature, cfg_weight, cfg_order)
+    sampling = default_sampling(mmgpt, cfg_weight, temperature)
+    decoding = Decoding(layers, alpha, gamma, norm, cfg_order=cfg_order, **sampling)
     images, tokens = generate_decoded(
         mmgpt,
         vl_chat_processor,
@@ -729,18 +744,19 @@ def main() -> None:
     parser.add_argument("--prompt", default=DEFAULT_PROMPT, help='what to paint (default: "%(default)s")')
     parser.add_argument("--parallel_size", type=positive, default=16, help="images (default: %(default)s)")
     parser.add_argument("--cfg_weight", type=float, help="guidance (default: the checkpoint's own, else 5)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, help="above 0 (default: the checkpoint's own, else 1)")
     parser.add_argument("--seed", type=int, help="seed of torch's generator (default: none)")
     args = parser.parse_args()
-    check_temperature(args.temperature)
+    if args.temperature is not None:
+        check_temperature(args.temperature)
     if args.cfg_weight is not None:
         check_cfg_weight(args.cfg_weight)
     _, processor, model = load_pretrained_model(args.model, args.dtype, args.device, args.quantize, args.offload)
-    cfg_weight = default_guidance(model) if args.cfg_weight is None else args.cfg_weight
+    sampling = default_sampling(model, args.cfg_weight, args.temperature)
     if args.seed is not None:
         torch.manual_seed(args.seed)
     prompt = format_image_prompt(processor, args.prompt)
-    generate(model, processor, prompt, args.temperature, args.parallel_size, cfg_weight)
+    generate(model, processor, prompt, parallel_size=args.parallel_size, **sampling)
     print(f"{args.parallel_size} images in generated_samples/")
 
 

@@ -34,7 +34,7 @@ from generation_inference import (
     Decoding,
     Draft,
     Record,
-    default_guidance,
+    default_sampling,
     format_image_prompt,
     format_question,
     num_image_tokens,
@@ -306,7 +306,7 @@ def build_parser() -> CommandParser:
     samples("--parallel_size", type=positive, default=4, help="images per prompt (default: %(default)s)")
     samples("--best_of", type=positive, metavar="N", help="paint N images per prompt and keep the best (default: all)")
     add("--cfg_weight", type=float, help="guidance, at least 0 (default: the checkpoint's own, else 5)")
-    add("--temperature", type=float, default=1.0, help="sampling temperature, above 0 (default: %(default)s)")
+    add("--temperature", type=float, help="above 0 (default: the checkpoint's own, else 1)")
     add("--seed", type=int, default=0, help="with the prompt, gives each prompt's own seed (default: %(default)s)")
     add = parser.add_argument_group("with --best_of").add_argument
     add("--scorer", metavar="SPEC", help=f"{SCORERS} (default: caption)")
@@ -351,9 +351,9 @@ def read_variants(parser: CommandParser, args: argparse.Namespace) -> dict[str, 
         variants[name] = fill_variant(own, usual)
         check_alpha(variants[name]["alpha"])
         check_gamma(variants[name]["gamma"])
-        check_temperature(variants[name]["temperature"])
-        if variants[name]["cfg_weight"] is not None:
-            check_cfg_weight(variants[name]["cfg_weight"])
+        for key, check in (("temperature", check_temperature), ("cfg_weight", check_cfg_weight)):
+            if variants[name][key] is not None:
+                check(variants[name][key])
     return variants
 
 
@@ -369,16 +369,16 @@ def read_scorer(parser: CommandParser, args: argparse.Namespace) -> dict[str, An
     return {"spec": spec, "text_encoder": args.text_encoder}
 
 
-def make_decoding(model, *, use_dola: bool = True, cfg_weight: float | None = None, **values: Any) -> Decoding:
-    """The decoding of a variant; the checkpoint's own guidance where it names none, no layers where none is read."""
+def make_decoding(model, *, use_dola: bool = True, cfg_weight=None, temperature=None, **values: Any) -> Decoding:
+    """The decoding of a variant; the checkpoint's own sampling where it names none, no layers where none is read."""
     layers = pick_contrast_layers(
         len(model.language_model.model.layers),
         values.pop("layer", None),
         DEFAULT_LAYER_RATIO if (ratio := values.pop("layer_ratio", None)) is None else ratio,
         values.pop("candidate_layers", None),
     )
-    cfg_weight = default_guidance(model) if cfg_weight is None else cfg_weight
-    decoding = Decoding(layers if values["gamma"] != 0 else (), cfg_weight=cfg_weight, **values)
+    sampling = default_sampling(model, cfg_weight, temperature)
+    decoding = Decoding(layers if values["gamma"] != 0 else (), **sampling, **values)
     return decoding if use_dola else decoding.baseline
 
 

@@ -1,10 +1,11 @@
 """Questions answered together and one by one: are the answers equal, and how much faster are they together?
 
-    python -m benchmarks.answers_batch [--count 500] [--batch_size 16]
+    python -m benchmarks.answers_batch [--count 500] [--batch_size 16] [--per_image 1,6,16]
 
 Drawings of janus-tiny's grammar, every kind of question, float32 on the CPU; baseline, DoLa and early exit. Both ways
-alternate, batch by batch, in one process. janus-tiny's own answers are mostly one word, so that reading the question,
-which a CPU does no faster for many at once, is nearly all of the work; the second half lets every answer be 64 tokens.
+alternate, batch by batch, in one process. janus-tiny's own answers are mostly one word, so that reading the picture is
+nearly all of the work: many at once are no faster on a CPU, but several questions on a picture read it once. The last
+rows let every answer be 64 tokens.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from inference import answer_batch
-from janus.dola.cli import JANUS_TINY, positive
+from janus.dola.cli import JANUS_TINY, parse_layers, positive
 from janus.dola.loading import load_pretrained_model
 from tools import scenes
 from tools.eval_janus_tiny import SPLITS, sample_scenes
@@ -32,13 +33,18 @@ DECODINGS: dict[str, dict[str, Any] | None] = {
 LONG = 64
 
 
-def sample_questions(count: int) -> list[tuple[Image.Image, str]]:
-    rng, asked = np.random.default_rng(6), []
-    for in_split in SPLITS.values():
-        for scene in sample_scenes(in_split, -(-count // len(SPLITS)), seed=6):
-            about = scenes.questions(scene)
-            asked.append((Image.fromarray(scenes.draw(scene, rng)), about[rng.integers(len(about))][1]))
-    return [asked[i] for i in rng.permutation(len(asked))[:count]]
+def sample_questions(count: int, per_image: int) -> list[tuple[Image.Image, str]]:
+    """So many different questions on each drawing: of its own ones, and whether an object is there."""
+    rng, things = np.random.default_rng(6), [f"{c} {s}" for c in scenes.COLOURS for s in scenes.SHAPES]
+    drawings = -(-count // per_image)
+    drawn = [scene for split in SPLITS.values() for scene in sample_scenes(split, -(-drawings // len(SPLITS)), seed=6)]
+    asked = []
+    for k in rng.permutation(len(drawn)):
+        image = Image.fromarray(scenes.draw(drawn[k], rng))
+        about = [question for _, question, _ in scenes.questions(drawn[k])]
+        about += [f"Is there a {thing} in the image?" for thing in rng.choice(things, 16 - len(about), replace=False)]
+        asked += [(image, question) for question in rng.permutation(about)[:per_image].tolist()]
+    return asked[:count]
 
 
 def compare(
@@ -68,19 +74,22 @@ def compare(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=positive, default=500, help="questions (default: %(default)s)")
+    parser.add_argument("--per_image", type=parse_layers, default=[1, 6, 16], help="up to 16 (default: 1,6,16)")
     parser.add_argument("--long", type=positive, default=48, help="of them for the long answers (default: %(default)s)")
     parser.add_argument("--batch_size", type=positive, default=16, help="answered together (default: %(default)s)")
     args = parser.parse_args()
     _, processor, model = load_pretrained_model(JANUS_TINY, "float32", "cpu")
-    asked = sample_questions(args.count)
     print(f"{torch.get_num_threads()} threads, batches of {args.batch_size}")
-    for tokens, some in ((0, asked), (LONG, asked[: args.long])):
+    for tokens, count, per_image in (*((0, args.count, n) for n in args.per_image), (LONG, args.long, 1)):
+        some = sample_questions(count, per_image)
         for name, dola in DECODINGS.items():
             equal, alone, together = compare(model, processor, some, args.batch_size, dola, tokens)
             length = f"{tokens} tokens each" if tokens else "of their own length"
+            each = [f"{1000 * seconds / len(some):.0f} ms" for seconds in (alone, together)]
             print(
-                f"{name}, {len(some)} answers {length}: {equal} equal; together {alone / together:.1f} times as fast "
-                f"({1000 * alone / len(some):.0f} ms a question alone, {1000 * together / len(some):.0f} ms together)"
+                f"{name}, {len(some)} answers {length}, {per_image} a drawing: {equal} equal; together "
+                f"{alone / together:.1f} times as fast (a question alone {each[0]}, together {each[1]})",
+                flush=True,
             )
 
 

@@ -69,9 +69,9 @@ def measure_question(
     ids = [torch.tensor(tokenizer(text)["input_ids"]) for text in distinct]
     forced = teacher_force(model, torch.tensor(tokenizer(prefix)["input_ids"]), ids)
     normed, raw = (
-        dict(zip(distinct, score_forced(model, forced, layers=LAYERS, alphas=ALPHAS, norm=norm, jsd=True), strict=True))
-        for norm in (True, False)
+        score_forced(model, forced, layers=LAYERS, alphas=ALPHAS, norm=norm, overlap=True) for norm in (True, False)
     )
+    normed, raw = (dict(zip(distinct, scores, strict=True)) for scores in (normed, raw))
     dola = [
         torch.stack([sum_and_mean(every_decoding(scores[text])) for text in texts], dim=-2) for scores in (normed, raw)
     ]

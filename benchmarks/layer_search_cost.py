@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from benchmarks.factor import read_questions
 from benchmarks.smollm2 import load_smollm2
 from dola_runtime import compute_logprobs_from_hidden
-from generation_inference import default_guidance, format_question
+from generation_inference import default_sampling, format_question
 from janus.dola.cli import add_model_arguments, positive, run_command
 from janus.dola.layer_search import tasks
 from janus.dola.layer_search.__main__ import encode_prompts
@@ -119,7 +119,9 @@ def main() -> None:
     decoder = model.language_model.model
 
     images = read_examples(args.data / "image.jsonl", "image")[: args.examples]
-    painting = image_task(model, processor, default_guidance(model), partial(encode_prompts, processor, model.device))
+    painting = image_task(
+        model, processor, default_sampling(model)["cfg_weight"], partial(encode_prompts, processor, model.device)
+    )
     report("images", painting, decoder, images, 16, args.rounds)
     with remembered_codes(model):
         report("images, codes given", painting, decoder, images, 16, args.rounds)

@@ -57,10 +57,26 @@ def actors() -> list[int]:
     return found
 
 
+def is_working(outdir: Path, since: float) -> bool:
+    """Whether a unit's lock was taken since then: those of killed processes lie there unchanged."""
+    try:
+        return any(lock.stat().st_mtime > since for lock in outdir.glob("units/*.lock"))
+    except FileNotFoundError:  # given back just now
+        return False
+
+
+def wait_for_a_moment(outdir: Path, process: subprocess.Popen, chance: random.Random) -> None:
+    """Until a random moment of the next unit, or of the one after it, or the end of the process."""
+    wanted, began = units_done(outdir) + chance.randint(0, 1), time.time()
+    while process.poll() is None and not (units_done(outdir) >= wanted and is_working(outdir, began)):
+        time.sleep(0.05)
+    time.sleep(chance.uniform(0, 2))
+
+
 def kill_shards(outdir: Path, options: Sequence[object], kills: int, chance: random.Random) -> None:
     for kill in range(kills):
         process = start(outdir, *options, "--shard", f"{kill % 3}/3")
-        time.sleep(chance.uniform(8, 20))  # of which loading takes some
+        wait_for_a_moment(outdir, process, chance)
         process.kill()
         process.wait()
 
@@ -68,7 +84,7 @@ def kill_shards(outdir: Path, options: Sequence[object], kills: int, chance: ran
 def kill_actors(outdir: Path, options: Sequence[object], kills: int, chance: random.Random) -> None:
     driver, done = start(outdir, *options, "--ray", "--workers", 2), 0
     while done < kills and driver.poll() is None:
-        time.sleep(chance.uniform(5, 15))
+        wait_for_a_moment(outdir, driver, chance)
         for pid in chance.sample(actors(), min(1, len(actors()))):
             os.kill(pid, signal.SIGKILL)
             done += 1

@@ -26,7 +26,7 @@ from benchmarks.decode_speed import random_janus
 from benchmarks.factor import TEXTS, is_right, read_questions
 from benchmarks.smollm2 import load_smollm2
 from dola_runtime import compute_logprobs_from_hidden
-from generation_inference import Decoding, default_guidance, format_image_prompt, sample_image_tokens, tokens_to_images
+from generation_inference import Decoding, default_sampling, format_image_prompt, sample_image_tokens, tokens_to_images
 from janus.dola.cli import JANUS_TINY, CommandParser, run_command
 from janus.dola.files import read_json_file
 from janus.dola.loading import load_pretrained_model
@@ -114,7 +114,7 @@ def measure_tiny() -> dict[str, Any]:
         _, processor, model = load_pretrained_model(JANUS_TINY, dtype, "cpu", quantize)
         row: dict[str, Any] = {}
         for name, layers in (("baseline", ()), ("DoLa", (LAYER,))):
-            tokens = paint(model, processor, texts, Decoding(layers, cfg_weight=default_guidance(model)))
+            tokens = paint(model, processor, texts, Decoding(layers, **default_sampling(model)))
             met = sum(scenes.prompt_met(tokens_to_images(model, tokens), texts))
             equal = (tokens == reference.setdefault(name, tokens)).float().mean().item()
             row[name] = {"met": (int(met), len(texts)), "equal": equal}

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.smollm2 import load_smollm2
-from dola_runtime import apc_mask, compute_logprobs_from_hidden, contrast_with_apc_from_logprobs, jsd_from_logprobs
+from dola_runtime import apc_mask, compute_logprobs_from_hidden, contrast_with_apc_from_logprobs, overlap_from_logprobs
 from janus.dola.decoder_parts import find_decoder_parts
 from janus.dola.files import RunLog
 from janus.dola.scoring import DROPPED, fill_dropped
@@ -163,7 +163,7 @@ class Contrast:
 
     log_q: Tensor
     log_p: dict[str, Tensor]
-    jsd: Tensor
+    overlap: Tensor
 
 
 @torch.no_grad()
@@ -217,14 +217,14 @@ def read_slice(parts, tree, after, states, asked, unasked, log_unigram) -> tuple
         F = contrast_with_apc_from_logprobs(log_qN[:, columns], log_qj[:, columns], alpha, gamma)
         return true_N - gamma * log_qj[row, target] - F.logsumexp(-1)[row]
 
-    read_of: dict[str, list[Tensor]] = {"log_q": [], "p_hat": [], "p_hat_apc": [], "jsd": [], "gammas": []}
+    read_of: dict[str, list[Tensor]] = {"log_q": [], "p_hat": [], "p_hat_apc": [], "overlap": [], "gammas": []}
     for i, log_qj in enumerate([*readouts, *read(unasked, PRIORS), log_unigram.expand_as(log_qN)]):
         read_of["log_q"].append(log_qj[row, target])
         read_of["p_hat"].append(score(log_qj, 1.0, 0.0))
         read_of["p_hat_apc"].append(score(log_qj, 1.0, ALPHA))
         if i < len(READINGS):
             far = log_qj.clamp(min=UNDERFLOW)  # exp of what underflows takes ten times as long
-            read_of["jsd"].append(jsd_from_logprobs(log_qN, far)[row])
+            read_of["overlap"].append(overlap_from_logprobs(log_qN, far)[row])
             if READINGS[i][0] == GAMMA_LAYER:
                 read_of["gammas"] += [score(log_qj, gamma, 0.0) for gamma in GAMMAS]
     apc = score(torch.zeros_like(log_qN), 0.0, ALPHA)
@@ -238,7 +238,7 @@ def finish(tokens: dict[str, Tensor]) -> dict[str, Tensor]:
     by_contrast = {name: tokens[name] for name in ("log_q", "p_hat", "p_hat_apc")}
     for readout, candidates in product(READOUTS, EARLY_EXITS):
         rows = torch.tensor([READINGS.index((layer, readout)) for layer in candidates])
-        chosen = rows[tokens["jsd"][rows].argmax(0)]
+        chosen = rows[tokens["overlap"][rows].argmin(0)]
         for name, values in by_contrast.items():
             by_contrast[name] = torch.cat([values, values.gather(0, chosen[None])])
     ratio = tokens["log_qN"] - by_contrast["log_q"]

@@ -12,7 +12,7 @@ from PIL import Image
 from demo.device import Device, Emit
 from dola_runtime import compute_logprobs_from_hidden
 from generation_inference import (
-    default_guidance,
+    default_sampling,
     format_image_prompt,
     format_question,
     image_geometry,
@@ -80,7 +80,7 @@ def read_layers(device: Device, head: str, example: Example, place: int, with_cu
         return pack_prompts(processor, [format_image_prompt(processor, text) for text in texts], model.device)
 
     if head == "gen_head":
-        task = image_task(model, processor, default_guidance(model), encode)
+        task = image_task(model, processor, default_sampling(model)["cfg_weight"], encode)
     else:
         task = answers_task(model, processor, partial(format_question, processor))
     curve = draw_curve(task, example) if with_curve else None

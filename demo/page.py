@@ -12,7 +12,7 @@ import gradio as gr
 from demo import ask, inputs, layers, paint, show
 from demo.device import Device, Stopped
 from dola_runtime import DEFAULT_ALPHA, pick_static_layer_index
-from generation_inference import default_guidance, num_image_tokens
+from generation_inference import default_sampling, num_image_tokens
 from janus.dola.memory import is_out_of_memory
 from janus.dola.scorers import READ_BY
 
@@ -160,13 +160,13 @@ class PaintTab:
                     rows += [contrast_row(device, "off", kinds, label) for label in ("Third", "Fourth")]
                 self.rows = [part for row in rows for part in row]
                 with gr.Row():
-                    guidance, most = default_guidance(device.model), inputs.MOST_IMAGES
+                    own, most = default_sampling(device.model), inputs.MOST_IMAGES
                     self.images = gr.Number(2, label="Pictures", precision=0, minimum=1, maximum=most, min_width=90)
                     self.seed = gr.Number(
                         0, label="Seed", precision=0, minimum=0, maximum=inputs.LARGEST_SEED, min_width=90
                     )
-                    self.guidance = gr.Number(guidance, label="Guidance", minimum=0, step=0.5, min_width=90)
-                    self.temperature = gr.Number(1, label="Temperature", step=0.1, min_width=110)
+                    self.guidance = gr.Number(own["cfg_weight"], label="Guidance", minimum=0, step=0.5, min_width=90)
+                    self.temperature = gr.Number(own["temperature"], label="Temperature", step=0.1, min_width=110)
                     self.scorer = gr.Dropdown(["none", *READ_BY], label="Best by", min_width=110, filterable=False)
                 with gr.Row():
                     start = gr.Button("Paint", variant="primary", elem_id="paint", min_width=120)

@@ -154,15 +154,19 @@ def test_early_exit_and_the_other_guidance_order_run_from_the_command_line(tmp_p
     assert [e["tokens_sha256"] for e in other] != [e["tokens_sha256"] for e in plain]
 
 
-def test_the_checkpoints_own_guidance_is_the_default(tmp_path, golden, monkeypatch):
-    assert dola_of(run(tmp_path, prompts=["a dog"], outdir="five"))["cfg_weight"] == 5.0
-    for scale in (2.0, 0.0):  # 0 is a guidance too
+def test_the_checkpoints_own_guidance_and_temperature_are_the_default(tmp_path, golden, monkeypatch):
+    usual = dola_of(run(tmp_path, prompts=["a dog"], outdir="five"))
+    assert (usual["cfg_weight"], usual["temperature"]) == (5.0, 1.0)
+    for scale, temperature in ((2.0, 0.5), (0.0, 1.5)):  # 0 is a guidance too
         checkpoint = tmp_path / f"checkpoint_{scale}"
         golden.model.save_pretrained(checkpoint)
         golden.processor.save_pretrained(checkpoint)
-        (checkpoint / "generation_config.json").write_text(json.dumps({"guidance_scale": scale}))
-        outdir = run(tmp_path, "--model", str(checkpoint), prompts=["a dog"], outdir=f"own_{scale}")
-        assert dola_of(outdir)["cfg_weight"] == scale
+        own = {"guidance_scale": scale, "temperature": temperature}
+        (checkpoint / "generation_config.json").write_text(json.dumps(own))
+        decoding = dola_of(run(tmp_path, "--model", str(checkpoint), prompts=["a dog"], outdir=f"own_{scale}"))
+        assert (decoding["cfg_weight"], decoding["temperature"]) == (scale, temperature)
+        given = run(tmp_path, "--model", str(checkpoint), "--temperature", "2", prompts=["a dog"], outdir=f"{scale}_2")
+        assert dola_of(given)["temperature"] == 2.0
 
 
 def runs_out_of_memory_beyond(images: int, monkeypatch, error: Exception) -> list[tuple[int, int]]:

@@ -68,7 +68,7 @@ def test_every_layer_and_alpha_equals_a_pass_of_its_own(llama, alphas, norm):
 
 def test_early_exit_takes_the_layer_furthest_from_the_last_at_each_token(llama):
     continuations = [*CONTINUATIONS, torch.arange(20, 50)]
-    scored = score_continuations(llama, PREFIX, continuations, layers=LAYERS, alphas=ALPHAS, jsd=True)
+    scored = score_continuations(llama, PREFIX, continuations, layers=LAYERS, alphas=ALPHAS, overlap=True)
     chosen = set()
     for ids, scores in zip(continuations, scored, strict=True):
         early = scores.early_exit([1, 2])
@@ -79,8 +79,8 @@ def test_early_exit_takes_the_layer_furthest_from_the_last_at_each_token(llama):
                 p, q = (x[t].double().exp() for x in (log_qN, log_qj))
                 m = (p + q) / 2
                 divergence[layer] = float((p * (p / m).log() + q * (q / m).log()).sum()) / 2
-                assert scores.jsd is not None
-                jsd = scores.jsd[LAYERS.index(layer), t]
+                assert scores.overlap is not None
+                jsd = math.log(2) - scores.overlap[LAYERS.index(layer), t] / 2
                 assert_close(jsd, divergence[layer], terms_of(llama), largest(log_qN, log_qj))
             layer = max(divergence, key=divergence.__getitem__)
             chosen.add(layer)
@@ -129,5 +129,5 @@ def test_bad_input_is_named(llama, change, message):
     with pytest.raises(ValueError, match=message):
         score_continuations(llama, **arguments)
     scores = score_continuations(llama, PREFIX, CONTINUATIONS[:1], layers=[2, 4])[0]
-    with pytest.raises(ValueError, match="needs jsd=True"):
+    with pytest.raises(ValueError, match="needs overlap=True"):
         scores.early_exit([2, 4])

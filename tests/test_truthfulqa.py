@@ -59,7 +59,7 @@ def test_one_pass_over_the_tree_scores_every_answer_as_it_would_be_alone(model):
         assert found[name][row, answer].item() == pytest.approx(expected, abs=2e-3), (name, names[row], answer)
 
     for readout, norm in READOUTS.items():
-        scored = score_forced(model, forced, layers=LAYERS, alphas=(0.0, ALPHA), norm=norm, jsd=True)
+        scored = score_forced(model, forced, layers=LAYERS, alphas=(0.0, ALPHA), norm=norm, overlap=True)
         for answer, scores in enumerate(scored):
             kept = scores.apc_only.log_p[1] > -torch.inf
             close("log_qN", 0, answer, scores.baseline.log_p.sum().item())

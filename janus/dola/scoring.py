@@ -13,7 +13,7 @@ from dola_runtime import (
     apc_mask,
     compute_logprobs_from_hidden,
     contrast_with_apc_from_logprobs,
-    jsd_from_logprobs,
+    overlap_from_logprobs,
     sanitize_candidate_layers,
 )
 from janus.dola.decoder_parts import find_decoder_parts
@@ -41,25 +41,26 @@ class ContinuationScores:
     """One continuation of T tokens under every decoding, for A alphas and L layers.
 
     `baseline` holds `[T]` of log q_N, `apc_only` `[A, T]` of q_N renormalised on the tokens that APC keeps (the mask
-    without the contrast), `static` `[A, L, T]` of log p_hat, and `jsd` `[L, T]` the divergence of each layer from the
-    last one in nats (None unless asked for).
+    without the contrast), `static` `[A, L, T]` of log p_hat, and `overlap` `[L, T]` of each layer with the last one, 2
+    (ln 2 - JSD) in nats (None unless asked for).
     """
 
     layers: list[int]
     baseline: TokenScores
     apc_only: TokenScores
     static: TokenScores
-    jsd: Tensor | None
+    overlap: Tensor | None
 
     def early_exit(self, candidate_layers: Sequence[int]) -> TokenScores:
         """`[A, T]` with, at each token, the candidate that diverges most from the last layer.
 
-        Raises ValueError for a candidate that was not scored, or where `jsd` was not asked for.
+        Raises ValueError for a candidate that was not scored, or where `overlap` was not asked for.
         """
-        if self.jsd is None or not set(candidate_layers) <= set(self.layers):
-            raise ValueError(f"early exit over {list(candidate_layers)} needs jsd=True and these among {self.layers}")
-        rows = torch.tensor([self.layers.index(layer) for layer in candidate_layers], device=self.jsd.device)
-        chosen = rows[self.jsd[rows].argmax(0)]
+        if self.overlap is None or not set(candidate_layers) <= set(self.layers):
+            wanted = f"needs overlap=True and these among {self.layers}"
+            raise ValueError(f"early exit over {list(candidate_layers)} {wanted}")
+        rows = torch.tensor([self.layers.index(layer) for layer in candidate_layers], device=self.overlap.device)
+        chosen = rows[self.overlap[rows].argmin(0)]
         return TokenScores(*(x[:, chosen, torch.arange(x.shape[-1], device=x.device)] for x in self.static))
 
 
@@ -177,7 +178,7 @@ def score_forced(
     layers: Sequence[int],
     alphas: Sequence[float] = (0.1,),
     norm: bool = True,
-    jsd: bool = False,
+    overlap: bool = False,
 ) -> list[ContinuationScores]:
     """Read the layers (1..N-1) of a teacher-forced pass through the model's own head: `score_states`.
 
@@ -192,7 +193,7 @@ def score_forced(
         logits_per_place=vocab_size,
         layers=layers,
         alphas=alphas,
-        jsd=jsd,
+        overlap=overlap,
     )
 
 
@@ -205,14 +206,14 @@ def score_states(
     logits_per_place: int,
     layers: Sequence[int],
     alphas: Sequence[float],
-    jsd: bool = False,
+    overlap: bool = False,
 ) -> list[ContinuationScores]:
     """Score true tokens by the states of every layer, for every alpha, in slices of bounded memory.
 
     `ln_out` and `phi` read a state as `compute_logprobs_from_hidden` does; `phi(h, columns=None)` gives some columns of
     its `[..., vocab]` where they are asked for, and makes `logits_per_place` numbers of a state on the way. With every
-    alpha above 0 and without `jsd` an earlier layer is read only at the tokens that stay plausible, which costs little
-    beside the forward pass. Raises ValueError for a layer or an alpha out of range.
+    alpha above 0 and without `overlap` an earlier layer is read only at the tokens that stay plausible, which costs
+    little beside the forward pass. Raises ValueError for a layer or an alpha out of range.
     """
     num_layers = len(forced.hidden) - 1
     if layers and sanitize_candidate_layers(layers, num_layers) != sorted(layers):
@@ -222,22 +223,22 @@ def score_states(
         h_N, h_j, targets = forced.hidden[-1, some], forced.hidden[list(layers), some], forced.targets[some]
         log_qN, columns = compute_logprobs_from_hidden(h_N, None, phi), None
         baseline = score_tokens(log_qN, targets)
-        if min(alphas) > 0 and not jsd:
+        if min(alphas) > 0 and not overlap:
             columns = plausible_columns(log_qN, targets, min(alphas))
             log_qN, targets = log_qN[:, columns], torch.searchsorted(columns, targets)
         log_qj = compute_logprobs_from_hidden(h_j, ln_out, partial(phi, columns=columns))
         uniform = torch.zeros_like(log_qN)[None]  # contrasted with it, q_N is only masked
         log_p, rank = score_contrasts(log_qN, torch.cat([uniform, log_qj]), targets, alphas)
-        divergence = jsd_from_logprobs(log_qN, log_qj) if jsd else log_qN.new_empty(0, len(targets))
-        slices.append((*baseline, log_p, rank, divergence))
-    log_q, rank_q, log_p, rank_p, divergence = (torch.cat(x, dim=-1) for x in zip(*slices, strict=True))
+        shared = overlap_from_logprobs(log_qN, log_qj) if overlap else log_qN.new_empty(0, len(targets))
+        slices.append((*baseline, log_p, rank, shared))
+    log_q, rank_q, log_p, rank_p, shared = (torch.cat(x, dim=-1) for x in zip(*slices, strict=True))
     return [
         ContinuationScores(
             layers=list(layers),
             baseline=TokenScores(log_q[at], rank_q[at]),
             apc_only=TokenScores(log_p[:, 0, at], rank_p[:, 0, at]),
             static=TokenScores(log_p[:, 1:, at], rank_p[:, 1:, at]),
-            jsd=divergence[:, at] if jsd else None,
+            overlap=shared[:, at] if overlap else None,
         )
         for at in forced.places
     ]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from dola_runtime import check_alpha, check_cfg_weight
 from generation_inference import (
     Decoding,
-    default_guidance,
+    default_sampling,
     format_image_prompt,
     format_question,
     pack_prompts,
@@ -136,8 +136,7 @@ def paint_survivors(
     survivors = pick_survivors(summary, args.paint)
     shared = {
         "norm": settings["norm"],
-        "temperature": 1.0,
-        "cfg_weight": settings["cfg_weight"],
+        **default_sampling(model, settings["cfg_weight"]),
         "cfg_order": "guide_first",
     }
     variants = variants_of(survivors, shared)
@@ -194,7 +193,7 @@ def main() -> None:
     texts = texts_of(examples)
     settings["model_sha256"] = fingerprint(model, tokenizer(texts)["input_ids"], vars(processor.image_processor))
     if args.task == "image":
-        settings["cfg_weight"] = default_guidance(model) if args.cfg_weight is None else args.cfg_weight
+        settings["cfg_weight"] = default_sampling(model, args.cfg_weight)["cfg_weight"]
         encode = partial(encode_prompts, processor, model.device)
         task = image_task(model, processor, settings["cfg_weight"], encode, norm)
     elif args.task == "answers":
