@@ -56,7 +56,7 @@ def test_the_text_of_a_column_stands_above_its_image_and_within_its_width():
     sheet = np.asarray(contact_sheet("title", "subtitle", rows, cell=None, columns=texts))
     added, left = len(sheet) - len(plain), sheet.shape[1] - 2 * 132
     assert added > 0 and np.array_equal(sheet[41 + added :], plain[41:])
-    heads = (sheet[41 : 41 + added] < 128).any(-1)
+    heads = np.any(sheet[41 : 41 + added] < 128, axis=-1)
     assert not heads[:, :left].any() and not heads[:, left + 124 : left + 132].any()
     rows_used = [np.flatnonzero(heads[:, x : x + 132].any(1)) for x in (left, left + 132)]
     assert 0 < len(rows_used[0]) < len(rows_used[1]) and min(rows_used[0]) > added - 17
