@@ -37,7 +37,6 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from generation_inference import format_image_prompt, render_chat
 from janus.dola.scorers import VQA_QUESTION
-from janus.dola.text_encoder import load_text_encoder
 from janus.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor
 from janus.utils.conversation import EOS, SYSTEM_PROMPT
 from tools import scenes
@@ -702,7 +701,7 @@ def main() -> None:
     processor = write_processor(tokenizer, args.work / "processor")
     if args.start_from:
         model = MultiModalityCausalLM.from_pretrained(args.start_from, dtype=torch.float32)
-        siglip, _ = load_text_encoder(args.start_from / "siglip")
+        siglip = SiglipModel.from_pretrained(args.start_from / "siglip", dtype=torch.float32)
         vq = VQ(janus_config(model.config.language_config.vocab_size))
         vq.vq.load_state_dict(model.gen_vision_model.state_dict())
     else:
