@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from janus.dola.pictures import contact_sheet, layer_map, read_settings, save_image, tile, where_map
+from janus.dola.pictures import contact_sheet, font, layer_map, read_settings, save_image, tile, where_map, wrap
 
 
 def picture(seed: int = 0, side: int = 64) -> Image.Image:
@@ -47,6 +47,28 @@ def test_a_sheet_has_a_labelled_row_for_each_variant_and_every_image_in_it():
         for image in (images[i] for images in rows.values() for i in range(2))
     ]
     assert all(found)
+
+
+def test_the_text_of_a_column_stands_above_its_image_and_within_its_width():
+    rows = {"baseline": [picture(0, 128), picture(1, 128)], "APC only": [picture(2, 128), picture(3, 128)]}
+    texts = ["a red star", "a green triangle above a pink triangle on a white background"]
+    plain = np.asarray(contact_sheet("title", "subtitle", rows, cell=None))
+    sheet = np.asarray(contact_sheet("title", "subtitle", rows, cell=None, columns=texts))
+    added, left = len(sheet) - len(plain), sheet.shape[1] - 2 * 132
+    assert added > 0 and np.array_equal(sheet[41 + added :], plain[41:])
+    heads = np.any(sheet[41 : 41 + added] < 128, axis=-1)
+    assert not heads[:, :left].any() and not heads[:, left + 124 : left + 132].any()
+    rows_used = [np.flatnonzero(heads[:, x : x + 132].any(1)) for x in (left, left + 132)]
+    assert 0 < len(rows_used[0]) < len(rows_used[1]) and min(rows_used[0]) > added - 17
+    with pytest.raises(ValueError):
+        contact_sheet("title", "subtitle", rows, columns=texts[:1])
+
+
+def test_wrapped_text_keeps_its_words_in_order_and_fits_where_its_words_do():
+    text = "a green triangle above a pneumonoultramicroscopic triangle"
+    lines = wrap(text, 90, 12)
+    assert " ".join(lines) == text and len(lines) > 3
+    assert [line for line in lines if font(12).getlength(line) > 90] == ["pneumonoultramicroscopic"]
 
 
 def test_a_map_shows_the_divergence_of_each_token_and_frames_the_redrawn_ones():

@@ -28,6 +28,7 @@ from generation_inference import (
 )
 from inference import answer_batch
 from janus.dola.loading import load_pretrained_model
+from janus.dola.pictures import contact_sheet, stack
 from janus.dola.rerank import build_text_bank
 from janus.dola.text_encoder import load_text_encoder
 from janus.models import MultiModalityCausalLM, VLChatProcessor
@@ -158,19 +159,35 @@ def tower_rates(directory: Path, model: MultiModalityCausalLM, count: int) -> di
 
 
 def grid(model: MultiModalityCausalLM, processor: VLChatProcessor, layer: int, path: Path) -> None:
-    """A dozen prompts, six of each kind, four of them held out; baseline above, DoLa below, at the own guidance."""
+    """A dozen prompts, six of each kind, the last two of them held out; baseline, APC only and DoLa as it samples."""
     wanted = [
         scene
         for split, count in zip(SPLITS, (4, 2, 4, 2), strict=True)
         for scene in sample_scenes(SPLITS[split], count, 5)
     ]
     sampling = default_sampling(model)
-    decodings = Decoding(**sampling), Decoding((layer,), **sampling)
-    rows = [np.concatenate(paint(model, processor, wanted, decoding), axis=1) for decoding in decodings]
+    baseline = Decoding(**sampling)
+    decodings = {
+        "baseline": baseline,
+        "APC only": Decoding(gamma=0.0, **sampling),
+        f"DoLa layer {layer}": Decoding((layer,), **sampling),
+    }
+    enlarged = {
+        name: [
+            Image.fromarray(image).resize((2 * scenes.SIDE, 2 * scenes.SIDE), Image.Resampling.NEAREST)
+            for image in paint(model, processor, wanted, decoding)
+        ]
+        for name, decoding in decodings.items()
+    }
+    used = f"guidance {baseline.cfg_weight:g} · temperature {baseline.temperature:g} · alpha {baseline.alpha:g}"
+    sheets = []
+    for kind, six in zip(GRAMMAR, (slice(0, 6), slice(6, 12)), strict=True):
+        title = f"janus-tiny, {kind}; the last two captions were held out of training"
+        rows = {name: images[six] for name, images in enlarged.items()}
+        captions = [scene.caption for scene in wanted[six]]
+        sheets.append(contact_sheet(title, f"{used} · each column from the same noise", rows, None, captions))
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.concatenate(rows)).save(path)
-    for scene in wanted:
-        print("-", scene.caption)
+    stack(sheets).save(path)
 
 
 def judge_rates(
@@ -230,7 +247,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("janus/checkpoints/janus-tiny"))
     parser.add_argument("--count", type=int, default=120, help="prompts of a split in each row of the DoLa table")
     parser.add_argument("--json", type=Path, help="where to write the counts behind the tables")
-    parser.add_argument("--grid", type=Path, help="where to write a picture of a dozen prompts")
+    parser.add_argument("--grid", type=Path, help="where to write a labelled sheet of a dozen prompts")
     args = parser.parse_args()
     _, processor, model = load_pretrained_model(args.model, dtype="float32", device="cpu")
     own, many = default_sampling(model), 2 * args.count

@@ -87,14 +87,32 @@ def shorten(text: str, width: float, size: int) -> str:
     return text
 
 
+def wrap(text: str, width: float, size: int) -> list[str]:
+    """The words of a text in lines of so many pixels at most; a longer word has a line of its own."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font(size).getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
+
+
 def label_width(labels: Sequence[str]) -> int:
     return 2 * MARGIN + max(math.ceil(font(12).getlength(label)) for label in labels)
 
 
 def contact_sheet(
-    title: str, subtitle: str, rows: Mapping[str, Sequence[Image.Image]], cell: int | None = 128
+    title: str,
+    subtitle: str,
+    rows: Mapping[str, Sequence[Image.Image]],
+    cell: int | None = 128,
+    columns: Sequence[str] = (),
 ) -> Image.Image:
-    """Labelled rows of images below two lines of text, each image scaled into a cell, or as it is without one."""
+    """Labelled rows of images below two lines of text, each image scaled into a cell, or as it is without one.
+
+    `columns` are texts above the images of the first row, where all rows have images of the same widths.
+    """
     labels = label_width(list(rows))
     scaled = {
         name: [im if cell is None else im.resize((cell, cell), Image.Resampling.LANCZOS) for im in images]
@@ -105,11 +123,20 @@ def contact_sheet(
     lines = [(title, 13), (subtitle, 11)]
     longest = max(math.ceil(font(size).getlength(text)) for text, size in lines)
     width = max(labels + max(widths), min(2 * MARGIN + longest, LEAST_FOR_TITLES))
-    sheet = Image.new("RGB", (width, 44 + sum(heights)), "white")
+    first = next(iter(scaled.values()))
+    heads = [wrap(text, image.width - MARGIN, 12) for text, image in zip(columns, first, strict=bool(columns))]
+    head = 16 * max(map(len, heads), default=0)
+    sheet = Image.new("RGB", (width, 44 + head + sum(heights)), "white")
     pen, top = ImageDraw.Draw(sheet), 5
     for text, size in lines:
         pen.text((MARGIN, top), shorten(text, sheet.width - 2 * MARGIN, size), fill="black", font=font(size))
         top += 18
+    left = labels
+    for text, image in zip(heads, first, strict=False):
+        for i, line in enumerate(text):  # the last line just above the image
+            pen.text((left, top + head - 16 * (len(text) - i)), line, fill="black", font=font(12))
+        left += image.width + GAP
+    top += head
     for (name, images), height in zip(scaled.items(), heights, strict=True):
         pen.text((MARGIN, top + height / 2), name, fill="black", font=font(12), anchor="lm")
         left = labels
