@@ -701,7 +701,7 @@ def main() -> None:
     processor = write_processor(tokenizer, args.work / "processor")
     if args.start_from:
         model = MultiModalityCausalLM.from_pretrained(args.start_from, dtype=torch.float32)
-        siglip = SiglipModel.from_pretrained(args.start_from / "siglip", dtype=torch.float32)
+        siglip = SiglipModel.from_pretrained(args.start_from / "siglip").float()
         vq = VQ(janus_config(model.config.language_config.vocab_size))
         vq.vq.load_state_dict(model.gen_vision_model.state_dict())
     else:
