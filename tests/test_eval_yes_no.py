@@ -112,11 +112,18 @@ def test_popes_files_are_answered_in_both_forms(monkeypatch, capsys, tmp_path):
         assert [line["prediction"] for line in table] == [line["answer"] for line in given]
 
 
-def test_janus_tiny_is_right_about_its_own_drawings(monkeypatch, capsys, tmp_path):
-    run(monkeypatch, "--count", 3, "--outdir", tmp_path, "--device", "cpu", "--dtype", "float32")
+def test_janus_tinys_captions_are_right_about_its_own_drawings(monkeypatch, capsys, tmp_path):
+    run(monkeypatch, "--by_caption", "--count", 3, "--outdir", tmp_path, "--device", "cpu", "--dtype", "float32")
     table = capsys.readouterr().out.splitlines()[2:]
     assert len(table) == 3 * 6
     assert all(line.split(" | ")[2].startswith("100.0") and line.split(" | ")[6] == "50.0 |" for line in table)
+
+
+def test_janus_tiny_answers_yes_or_no_better_than_chance(monkeypatch, capsys, tmp_path):
+    run(monkeypatch, "--count", 12, "--outdir", tmp_path, "--device", "cpu", "--dtype", "float32")
+    greedy = [line.split(" | ")[2] for line in capsys.readouterr().out.splitlines() if " | greedy | " in line]
+    lower_ends = [float(accuracy.partition("[")[2].partition(",")[0]) for accuracy in greedy]
+    assert len(lower_ends) == 3 and min(lower_ends) > 50
 
 
 def test_a_missing_image_ends_the_command_in_one_line(monkeypatch, capsys, tmp_path):

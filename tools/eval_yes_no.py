@@ -4,8 +4,8 @@
     python -m tools.eval_yes_no
 
 A file holds JSON lines {"question_id", "image", "text", "label": "yes" or "no"}. Without one, the tool draws a balanced
-set of its own in POPE's three forms and reads janus-tiny's captions, for it was never taught yes and no. Into --outdir
-go the answers, for each file and decoding: `.jsonl` as POPE's evaluation takes them, `.tsv` as VLMEvalKit's does.
+set of its own in POPE's three forms. Into --outdir go the answers, for each file and decoding: `.jsonl` as POPE's
+evaluation takes them, `.tsv` as VLMEvalKit's does.
 """
 
 import argparse
@@ -203,13 +203,12 @@ def main() -> None:
     add_model_arguments(parser)
     args = parser.parse_args()
     files = args.files or draw_set(args.outdir, args.count, args.noise)
-    by_caption = args.by_caption or not args.files
     images = args.images or files[0].parent / "images"
     asked = {path: read_pope(path) for path in files}
     switches = DoLaSwitches.from_json(args.config) if args.config else DoLaSwitches()
     for path, question in ((path, question) for path, questions in asked.items() for question in questions):
         load_image(images / question.image)
-        if by_caption and question.thing is None:
+        if args.by_caption and question.thing is None:
             raise ValueError(f'{path}: question {question.question_id}: expected "Is there a ... in the image?"')
     _, processor, model = load_pretrained_model(args.model, args.dtype, args.device, args.quantize, args.offload)
     rows = decodings(switches)
@@ -221,7 +220,7 @@ def main() -> None:
     else:
         del rows[FUSION]
     args.outdir.mkdir(parents=True, exist_ok=True)
-    once = list(dict.fromkeys((q.image, CAPTION if by_caption else q.text) for qs in asked.values() for q in qs))
+    once = list(dict.fromkeys((q.image, CAPTION if args.by_caption else q.text) for qs in asked.values() for q in qs))
     table: dict[Path, list[list[str]]] = {path: [] for path in asked}
     for row, options in rows.items():
         told: dict[tuple[str, str], str] = {}
@@ -239,7 +238,7 @@ def main() -> None:
             )
             told |= {key: answer.text.strip() for key, answer in zip(some, answers, strict=True)}
         for path, questions in asked.items():
-            if by_caption:
+            if args.by_caption:
                 texts = [says_caption(told[q.image, CAPTION], q.thing or "") for q in questions]
             else:
                 texts = [told[q.image, q.text] for q in questions]
