@@ -343,11 +343,12 @@ def main() -> None:
         words = f"at most {difference['largest']}, on average {difference['mean']:.2f} of 255"
         print(f"\nPixels of the same tokens, bfloat16 from float32: {words}")
     windows = compare_windows(model, processor, prompts, args.rounds)
-    print(f"\nSampling alone, DoLa off, guidance {WINDOWS_CFG_WEIGHT}, {name}:\n")
-    print("| images at a time | window | times as fast as window 1 | tokens per pass | tokens |\n|---|---|---|---|---|")
+    print(f"\nSampling alone, DoLa off, guidance {WINDOWS_CFG_WEIGHT}:\n")
+    columns = ["images at a time", "window", "dtype", "times as fast as window 1", "tokens per pass", "tokens"]
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for row in windows:
         words = f"{in_words(row['times_as_fast'])} | {row['tokens_per_pass']:.1f}"
-        print(f"| {row['images']} | {row['window']} | {words} | {'equal' if row['equal'] else 'not equal'} |")
+        print(f"| {row['images']} | {row['window']} | {name} | {words} | {'equal' if row['equal'] else 'not equal'} |")
     if args.json:
         facts = {"images": images, "steps": steps, "dtype": name, "device": device.type, "rates": rates}
         Path(args.json).write_text(json.dumps({**facts, "ways": measured, "windows": windows}, indent=2) + "\n")
