@@ -151,4 +151,4 @@ def agreement(scores: np.ndarray, truth: np.ndarray) -> list[float] | None:
         return None
     share = alike.sum() / pairs.sum()
     deviations = (alike - share * pairs) / pairs.mean()  # the linear part of a ratio of means
-    return [float(share), *(float(share + x) for x in paired(deviations)[1:])]
+    return [float(share), *(float(min(max(share + x, 0.0), 1.0)) for x in paired(deviations)[1:])]
