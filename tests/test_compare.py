@@ -95,9 +95,10 @@ def test_agreement_is_the_share_of_pairs_ranked_alike():
     found = agreement(scores, truth)  # right, wrong; tie, right; none to tell apart
     assert found is not None and found[0] == pytest.approx(2.5 / 4) and found[1] <= found[0] <= found[2]
     assert agreement(scores[2:], truth[2:]) is None
-    nearly = np.vstack([np.tile(truth[:1], (9, 1)), scores[:1]])  # right nine times, and once in one of two pairs
-    low_and_high = agreement(nearly, np.tile(truth[:1], (10, 1)))
-    assert low_and_high is not None and low_and_high[2] == 1.0
+    tells_apart, tells_nothing = np.array([[1.0, 0.0, 0.0]]), np.ones((1, 3))
+    truth = np.vstack([tells_apart] * 9 + [tells_nothing] * 20)
+    found = agreement(np.vstack([truth[:8], scores[:1], truth[9:]]), truth)  # wrong in one of eighteen pairs
+    assert found is not None and found[2] == 1.0
 
 
 def test_choices_are_judged_by_the_referee():
