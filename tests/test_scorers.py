@@ -194,6 +194,10 @@ def test_the_judge_of_drawn_scenes_scores_drawings_and_refuses_what_is_none(imag
     pictures, captions = [Image.fromarray(scenes.draw(s, rng)) for s in drawn], [s.caption for s in drawn]
     assert scenes.prompt_met(pictures, captions) == [1, 1, 1]
     assert scenes.prompt_met(pictures, captions[1:] + captions[:1]) == [0, 0, 0]
+    bitten = np.asarray(pictures[0]).copy()
+    bitten[:12, :12] = 255 - bitten[:12, :12]
+    spoilt = [Image.fromarray(bitten), *pictures[1:]]
+    assert scenes.prompt_met(spoilt, captions) == [1, 1, 1] and scenes.prompt_met_clean(spoilt, captions) == [0, 1, 1]
     with pytest.raises(ValueError, match="'a dog' is no caption"):
         scenes.prompt_met(pictures[:1], ["a dog"])
     with pytest.raises(ValueError, match="64 x 64 pixels"):

@@ -204,17 +204,30 @@ def judge(image: np.ndarray) -> tuple[Scene, float]:
     return scene, math.sqrt(error / x.size)
 
 
+CLEAN = 10.9
+"""Grey levels that 99% of true drawings keep to the nearest one after janus-tiny's VQ (`tools.eval_janus_tiny`)."""
+
+
 def prompt_met(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
     """A scorer of painted scenes: 1 where the nearest drawing of the grammar is the prompt's own, else 0.
 
     Raises ValueError for a prompt that is no caption of the grammar, and for an image of another size.
     """
+    return _met(images, prompts, math.inf)
+
+
+def prompt_met_clean(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+    """`prompt_met` by an image that lies no further than `CLEAN` from that drawing."""
+    return _met(images, prompts, CLEAN)
+
+
+def _met(images: Sequence[Image.Image], prompts: Sequence[str], farthest: float) -> list[float]:
     if unknown := [prompt for prompt in prompts if prompt not in _captions()]:
         raise ValueError(f"{unknown[0]!r} is no caption of a drawn scene")
     if sizes := {image.size for image in images} - {(SIDE, SIDE)}:
         raise ValueError(f"a drawn scene has {SIDE} x {SIDE} pixels, this image {sizes.pop()}")
-    found = [judge(np.asarray(image.convert("RGB")))[0].caption for image in images]
-    return [float(caption == prompt) for caption, prompt in zip(found, prompts, strict=True)]
+    read = [judge(np.asarray(image.convert("RGB"))) for image in images]
+    return [float(s.caption == prompt and d <= farthest) for (s, d), prompt in zip(read, prompts, strict=True)]
 
 
 @cache
