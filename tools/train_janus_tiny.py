@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize, one_hot
@@ -200,12 +200,12 @@ def drawn(rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
     """Images [count, 3, 64, 64] and the mask [count, 1, 64, 64] of their pixels off the background."""
     batch = sample_scenes(rng, count)
     x = pixels([scenes.draw(scene, rng) for scene in batch])
-    return x, off_background(x, batch)
+    return x, off_background(x, [scene.background for scene in batch])
 
 
-def off_background(x: Tensor, batch: list[Scene]) -> Tensor:
-    backgrounds = torch.tensor([scenes.BACKGROUNDS[scene.background] for scene in batch]).view(-1, 1, 1, 1) / 127.5 - 1
-    return ((x - backgrounds).abs() > 1e-3).any(1, keepdim=True)
+def off_background(x: Tensor, backgrounds: list[str]) -> Tensor:
+    behind = torch.tensor([scenes.BACKGROUNDS[name] for name in backgrounds]).view(-1, 1, 1, 1) / 127.5 - 1
+    return ((x - behind).abs() > 1e-3).any(1, keepdim=True)
 
 
 def patches_off_background(off: Tensor) -> Tensor:
@@ -287,27 +287,29 @@ def revive(model: VQ, candidates: Tensor, rng: np.random.Generator) -> None:
 
 
 class Bank(NamedTuple):
-    """Drawings as (scene, shift), their codes [drawings, 64], and how many of the first of them show one object."""
+    """Drawings as (scene, shift), their codes [drawings, 64], and how often each is sampled [drawings]."""
 
     drawings: list[tuple[Scene, tuple[int, int]]]
     codes: Tensor
-    count_of_one: int
+    weights: np.ndarray
 
     def sample(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """The numbers of `count` drawings, 35% of them with one object."""
-        one, two = rng.integers(0, self.count_of_one, count), rng.integers(self.count_of_one, len(self.codes), count)
-        return np.where(rng.random(count) < 0.35, one, two)
+        return rng.choice(len(self.drawings), count, p=self.weights)
 
 
 @torch.no_grad()
 def encode_drawings(vq: VQ, path: Path) -> Bank:
-    """Every seen one-object scene in every shift, every seen two-object scene in three; the codes stay in `path`."""
+    """Every seen one-object scene in every shift, every seen two-object scene unshifted and in two; codes in `path`.
+
+    To be sampled so that 35% show one object, and half of either kind are not shifted.
+    """
     rng = rng_at("codes", 0)
     around = range(-scenes.JITTER, scenes.JITTER + 1)
     shifts = [(dx, dy) for dx in around for dy in around]
     drawings = [(scene, shift) for scene in ONE for shift in shifts]
-    count_of_one = len(drawings)
-    drawings += [(scene, shifts[k]) for scene in TWO for k in rng.permutation(len(shifts))[:3]]
+    shifts.remove((0, 0))
+    for scene in TWO:
+        drawings += [(scene, (0, 0)), *((scene, shifts[k]) for k in rng.permutation(len(shifts))[:2])]
     if not path.exists():
         codes = []
         for start in range(0, len(drawings), 64):
@@ -316,25 +318,50 @@ def encode_drawings(vq: VQ, path: Path) -> Bank:
                 codes.append(vq.encode(x.contiguous(memory_format=torch.channels_last)).short())
         torch.save(torch.cat(codes), path)
         LOG.info("encoded %d drawings", len(drawings))
-    return Bank(drawings, torch.load(path, weights_only=True).long(), count_of_one)
+    group = np.array([2 * (scene.size is None) + (shift != (0, 0)) for scene, shift in drawings])
+    weights = (np.array([0.35, 0.35, 0.65, 0.65]) / 2 / np.bincount(group))[group]
+    return Bank(drawings, torch.load(path, weights_only=True).long(), weights)
+
+
+def draw_oblong(rng: np.random.Generator) -> tuple[np.ndarray, str]:
+    """What no caption names: a rectangle, far from a square, in any of the colours on any background, anywhere."""
+    width, height = rng.uniform(0.15, 0.9, 2) * scenes.SIDE
+    if abs(np.log(width / height)) < 0.15:
+        return draw_oblong(rng)
+    x, y = rng.uniform(0, 1, 2) * (scenes.SIDE - np.array([width, height]))
+    covered = Image.new("L", (scenes.SIDE * scenes.SUPERSAMPLING, scenes.SIDE * scenes.SUPERSAMPLING))
+    corners = np.array([x, y, x + width, y + height]) * scenes.SUPERSAMPLING - 0.5
+    ImageDraw.Draw(covered).rectangle(tuple(corners.tolist()), fill=255)
+    mask = np.asarray(covered.reduce(scenes.SUPERSAMPLING), dtype=np.float32)[..., None] / 255
+    colour, background = rng.choice(list(scenes.COLOURS)), str(rng.choice(list(scenes.BACKGROUNDS)))
+    grey = scenes.BACKGROUNDS[background]
+    return (grey + mask * (np.array(scenes.COLOURS[colour]) - grey)).round().astype(np.uint8), background
 
 
 def train_decoder(vq: VQ, bank: Bank, work: Path, steps: int) -> VQ:
-    """Crisper pictures of the same codes: encoder and codebook stay as they are, and edges count beside colours."""
+    """Crisper pictures of the same codes: encoder and codebook stay as they are, and edges count beside colours.
+
+    A quarter of the pictures are oblongs, so that codes come in company that no caption brings together.
+    """
     for part in (vq.vq.encoder, vq.vq.quant_conv, vq.vq.quantize):
         part.requires_grad_(False)
     vq.train().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     codebook = vq.codebook().detach()
 
     def loss_at(step: int) -> Tensor:
-        picks = bank.sample(rng_at("decoder", step), 16)
+        rng = rng_at("decoder", step)
+        picks = bank.sample(rng, 12)
         drawings = [bank.drawings[k] for k in picks]
-        x = pixels([scenes.render(scene, *shift) for scene, shift in drawings])
+        oblongs, behind = zip(*(draw_oblong(rng) for _ in range(4)), strict=True)
+        x = pixels([scenes.render(scene, *shift) for scene, shift in drawings] + list(oblongs))
         side = scenes.SIDE // PATCH
         with torch.autocast("cpu", torch.bfloat16):
-            y = vq.decode(codebook[bank.codes[picks]].unflatten(1, (side, side))).float()
+            with torch.no_grad():
+                stray = vq.encode(x[len(picks) :].contiguous(memory_format=torch.channels_last))
+            codes = torch.cat([bank.codes[picks], stray])
+            y = vq.decode(codebook[codes].unflatten(1, (side, side))).float()
         edges = sum(torch.diff(y - x, dim=dim).abs().mean() for dim in (2, 3))
-        return painting_error(y, x, off_background(x, [scene for scene, _ in drawings])) + edges
+        return painting_error(y, x, off_background(x, [*(scene.background for scene, _ in drawings), *behind])) + edges
 
     def lr(progress: float) -> float:
         return 5e-4 * min(1.0, progress * steps / 100) * (1.01 - progress)
@@ -642,7 +669,7 @@ def train_llama(
         batch = sample_scenes(rng, 10, share_of_one=0.2)
         images = [Image.fromarray(scenes.draw(scene, rng)) for scene in batch]
         head = processor.batchify([(before_question, [image]) for image in images])
-        asked = [scenes.questions(scene) + yes_or_no(scene, rng) for scene in batch]
+        asked = [scenes.questions(scene) + yes_or_no(scene, rng) + yes_or_no(scene, rng) for scene in batch]
         turns = pack_turns(processor, asked, head.input_ids.shape[1])
         embeds = model.prepare_inputs_embeds(**vars(head))
         embeds = torch.cat([embeds, model.get_input_embeddings()(turns.ids).to(embeds.dtype)], dim=1)
