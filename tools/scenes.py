@@ -205,8 +205,8 @@ def judge(image: np.ndarray) -> tuple[Scene, float]:
 
 
 CLEAN = 10.9
-"""Grey levels from a drawing: what 99% of true ones kept after the VQ model of janus-tiny 0.1. It stays, so that later
-checkpoints are held to the same; `tools.eval_janus_tiny` also tells what today's VQ model keeps."""
+"""Grey levels from a drawing: what 99% of true ones kept after janus-tiny's VQ model when this was fixed. It stays, so
+that later checkpoints are held to the same; `tools.eval_janus_tiny` also tells what today's VQ model keeps."""
 
 
 def prompt_met(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
