@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from generation_inference import tokens_to_images
 from janus.dola.cli import JANUS_TINY
 from janus.dola.loading import load_pretrained_model
 from tolerance import assert_close, terms_of
@@ -32,6 +33,33 @@ def test_near_misses_are_seen_scenes_that_differ():
         misses = train.near_misses(scene, rng)
         assert misses and scene not in misses
         assert not any(map(scenes.is_held_out, misses))
+
+
+@torch.no_grad()
+def test_the_bank_holds_seen_drawings_and_samples_half_of_them_unshifted(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(train, "ONE", train.ONE[:3])
+    monkeypatch.setattr(train, "TWO", train.TWO[:5])
+    _, _, model = load_pretrained_model(JANUS_TINY, "float32", "cpu")
+    vq = train.VQ(model.config)
+    vq.vq.load_state_dict(model.gen_vision_model.state_dict())
+    bank = train.encode_drawings(vq.eval(), tmp_path / "codes.pt")
+    assert bank.codes.shape == (3 * 9 + 5 * 3, 64)
+    for (scene, _), image in zip(bank.drawings, tokens_to_images(model, bank.codes), strict=True):
+        assert scenes.judge(np.asarray(image))[0] == scene and not scenes.is_held_out(scene)
+    sampled = [bank.drawings[k] for k in bank.sample(np.random.default_rng(0), 20_000)]
+    one = [shift for scene, shift in sampled if scene.size]
+    two = [shift for scene, shift in sampled if scene.relation]
+    assert len(one) / len(sampled) == pytest.approx(0.35, abs=0.02)
+    for shifts in (one, two):
+        assert shifts.count((0, 0)) / len(shifts) == pytest.approx(0.5, abs=0.02)
+
+
+def test_no_oblong_passes_for_a_drawing_that_a_caption_names():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        image, background = train.draw_oblong(rng)
+        assert (image == scenes.BACKGROUNDS[background]).all(-1).any()
+        assert scenes.judge(image)[1] > scenes.CLEAN
 
 
 def test_only_the_answers_and_their_eos_are_learned(tokenizer, tmp_path: Path):
