@@ -40,7 +40,7 @@ def test_the_bank_holds_seen_drawings_and_samples_half_of_them_unshifted(tmp_pat
     monkeypatch.setattr(train, "ONE", train.ONE[:3])
     monkeypatch.setattr(train, "TWO", train.TWO[:5])
     _, _, model = load_pretrained_model(JANUS_TINY, "float32", "cpu")
-    vq = train.VQ(model.config)
+    vq = train.VQ(train.janus_config(512))
     vq.vq.load_state_dict(model.gen_vision_model.state_dict())
     bank = train.encode_drawings(vq.eval(), tmp_path / "codes.pt")
     assert bank.codes.shape == (3 * 9 + 5 * 3, 64)
