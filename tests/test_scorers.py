@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 from generation_inference import format_question
+from janus.dola.cli import JANUS_TINY
+from janus.dola.loading import load_pretrained_model
 from janus.dola.rerank import build_text_bank, tower_depth
 from janus.dola.scorers import CAPTION_QUESTION, VQA_QUESTION, Reader, make_scorer, needs_model
 from janus.dola.text_encoder import load_text_encoder
@@ -93,17 +95,30 @@ def test_caption_is_the_mean_log_probability_of_the_prompt_as_the_answer(golden,
 def test_vqa_is_the_share_of_yes_among_yes_and_no(golden, images, score, options, reading):
     expected, tokenizer = [], golden.processor.tokenizer
     for image, prompt in zip(images, PROMPTS, strict=True):
-        hidden = [h[-1:] for h in states(golden, image, VQA_QUESTION.format(prompt), [])]
-        log_p, _ = (log_probs(golden, hidden[-1]),) * 2 if reading is None else p_hat(golden, hidden, *reading)
-        p = {}
-        for word in ("yes", "no"):
+        p = {"yes": 0.0, "no": 0.0}
+        for word in p:
             spellings = [space + form for form in (word, word.capitalize()) for space in ("", " ")]
-            ids = [tokenizer.encode(text, add_special_tokens=False) for text in spellings]
-            first = {next(i for i in row if tokenizer.decode([i]).strip()) for row in ids}
-            p[word] = sum(np.exp(log_p[0, i]) for i in first)
+            rows = [tokenizer.encode(text, add_special_tokens=False) for text in spellings]
+            for ids in {
+                tuple(row[: next(k for k, i in enumerate(row) if tokenizer.decode([i]).strip()) + 1]) for row in rows
+            }:
+                hidden = [h[-len(ids) :] for h in states(golden, image, VQA_QUESTION.format(prompt), list(ids[:-1]))]
+                log_p, _ = (log_probs(golden, hidden[-1]),) * 2 if reading is None else p_hat(golden, hidden, *reading)
+                p[word] += np.exp(sum(log_p[t, token] for t, token in enumerate(ids)))
         expected.append(p["yes"] / (p["yes"] + p["no"]) if p["yes"] + p["no"] else 0.5)
     assert set(expected) != {0.5} or (options, reading) not in [READINGS[0], *WHOLE], "something is told"
     assert_close(score(f"vqa{options}"), expected, terms(golden), 1.0)
+
+
+def test_vqa_tells_captions_from_near_misses_though_janus_tiny_spells_its_space():
+    """Its tokenizer has no " yes": the next token is a space, and says nothing."""
+    _, processor, model = load_pretrained_model(JANUS_TINY, "float32", "cpu")
+    score = make_scorer("vqa", Reader(model, processor, partial(format_question, processor)), lambda: (None, None))
+    of = {scene.caption: scene for scene in scenes.one_object_scenes()}
+    prompts = ["a large red circle on a white background", "a small blue cross on a gray background"]
+    images = [Image.fromarray(scenes.render(of[prompt])) for prompt in prompts]
+    wrong = ["a large red square on a white background", "a small green cross on a gray background"]
+    assert min(score(images, prompts)) > 0.5 > max(score(images, wrong))
 
 
 @pytest.mark.parametrize("layer", [None, 1])

@@ -20,11 +20,18 @@ def first_token_ids(tokenizer, phrase: str) -> frozenset[int]:
     the same word ("a cat", "a dog") share their T(c), and the prior cannot tell them apart. Raises ValueError for a
     phrase without a token.
     """
+    return frozenset(ids[-1] for ids in beginnings(tokenizer, phrase))
+
+
+def beginnings(tokenizer, phrase: str) -> frozenset[tuple[int, ...]]:
+    """The ids of `first_token_ids`, each behind the tokens of nothing but space that it is spelled with."""
     words, found = phrase.strip(), set()
     for written in (words, words[:1].upper() + words[1:]):
         for space in ("", " "):
             ids = tokenizer.encode(space + written, add_special_tokens=False)
-            found.update([i for i in ids if tokenizer.decode([i]).strip()][:1])
+            first = next((k for k, token in enumerate(ids) if tokenizer.decode([token]).strip()), None)
+            if first is not None:
+                found.add(tuple(ids[: first + 1]))
     if not found:
         raise ValueError(f"candidate {phrase!r} has no token")
     return frozenset(found)

@@ -26,7 +26,7 @@ from dola_runtime import (
     probs_from_scores,
 )
 from janus.dola.decoder_parts import find_decoder_parts
-from janus.dola.fusion import first_token_ids
+from janus.dola.fusion import beginnings
 from janus.dola.inputs import embed_each, pixel_values
 from janus.dola.rerank import build_text_bank, pooled_features, tower_depth
 from janus.dola.scoring import TeacherForced, fill_dropped, score_forced, teacher_force_batch
@@ -172,21 +172,29 @@ def score_by_caption(
 def score_by_answer(
     reader: Reader, reading: Reading, images: Sequence[Image.Image], prompts: Sequence[str]
 ) -> list[float]:
-    """P(yes) / (P(yes) + P(no)) of the next token after `VQA_QUESTION` about the prompt, in [0, 1].
+    """P(yes) / (P(yes) + P(no)) of what follows `VQA_QUESTION` about the prompt, in [0, 1].
 
     The form of VQAScore (Lin et al., 2024) with Janus as its own judge; yes and no count in every spelling of their
-    first token (`first_token_ids`).
+    first token, with the space before it where that is a token of its own (`beginnings`).
     """
     mmgpt, processor, render = reader
     llm, parts = mmgpt.language_model, find_decoder_parts(mmgpt.language_model)
     prefixes = embed_each(mmgpt, processor, [render(VQA_QUESTION.format(prompt)) for prompt in prompts], images)
-    next_token = [torch.zeros(1, dtype=torch.long, device=prefix.device) for prefix in prefixes]  # whichever: not read
-    forced = teacher_force_batch(llm, [(prefix, [ids]) for prefix, ids in zip(prefixes, next_token, strict=True)])
+    spelled = [beginnings(processor.tokenizer, word) for word in ("yes", "no")]
+    spaces = {ids[:-1]: ids for spellings in spelled for ids in spellings}  # one row for each, not for each spelling
+    continuations = [torch.tensor(ids, device=prefixes[0].device) for ids in spaces.values()]
+    forced = teacher_force_batch(llm, [(prefix, continuations) for prefix in prefixes])
     log_q = read_logprobs(forced, reading, parts.ln_out, parts.phi)
     p = log_q[0].exp()
     if len(log_q) > 1:
         p = probs_from_scores(contrast_layers(log_q[0], log_q[1:], reading.alpha)[0])
-    yes, no = (p[:, list(first_token_ids(processor.tokenizer, word))].sum(-1) for word in ("yes", "no"))
+    places = torch.nn.utils.rnn.pad_sequence(forced.places).T.view(len(images), len(spaces), -1)
+
+    def probability(ids: tuple[int, ...]) -> Tensor:
+        at = places[:, list(spaces).index(ids[:-1]), : len(ids)]
+        return p[at, list(ids)].prod(-1)
+
+    yes, no = (torch.stack([probability(ids) for ids in spellings]).sum(0) for spellings in spelled)
     tiny = torch.finfo(p.dtype).tiny  # where neither is plausible, neither is likelier
     return ((yes + tiny) / (yes + no + 2 * tiny)).tolist()
 
