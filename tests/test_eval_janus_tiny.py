@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from tools import scenes
-from tools.eval_janus_tiny import SPLITS, count_read, markdown, percent, sample_scenes, wilson
+from generation_inference import Decoding
+from tools import eval_janus_tiny, scenes
+from tools.eval_janus_tiny import SPLITS, count_read, markdown, painting_rates, percent, sample_scenes, wilson
 
 
 def test_wilson_is_the_textbook_interval_and_stays_within_0_and_1():
@@ -27,6 +28,19 @@ def test_only_the_image_of_the_scene_itself_counts():
     first, second = sample_scenes(SPLITS["two objects, seen"], 2, seed=3)
     images = [scenes.draw(first, np.random.default_rng(0)), scenes.draw(first, np.random.default_rng(1))]
     assert count_read(images, [first, second]) == (1, 2)
+
+
+def test_a_painting_is_met_by_its_nearest_drawing_and_clean_or_near_by_its_distance(monkeypatch):
+    def paint(model, processor, wanted, decoding):
+        """One true drawing, one 9 grey levels off, one 30 off, and one of another scene."""
+        drawn = [scenes.render(scene).astype(int) for scene in [*wanted[:3], wanted[0]]]
+        return [np.abs(image - off).astype(np.uint8) for image, off in zip(drawn, (0, 9, 30, 0), strict=True)]
+
+    monkeypatch.setattr(eval_janus_tiny, "paint", paint)
+    rates = painting_rates(None, None, Decoding(), 4, near=5.0)  # pyright: ignore[reportArgumentType]
+    assert all(rate == (3, 4) for rate in rates.met.values()) and rates.met.keys() == SPLITS.keys()
+    assert set(rates.clean.values()) == {(2, 4)} and set(rates.near.values()) == {(1, 4)}
+    assert 8 < rates.distance < 10
 
 
 def test_a_table_is_markdown():
