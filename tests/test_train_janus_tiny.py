@@ -42,7 +42,9 @@ def test_the_bank_holds_seen_drawings_and_samples_half_of_them_unshifted(tmp_pat
     _, _, model = load_pretrained_model(JANUS_TINY, "float32", "cpu")
     vq = train.VQ(train.janus_config(512))
     vq.vq.load_state_dict(model.gen_vision_model.state_dict())
-    bank = train.encode_drawings(vq.eval(), tmp_path / "codes.pt")
+    train.encode_drawings(vq.eval(), tmp_path / "codes.pt")
+    monkeypatch.setattr(train, "TWO", train.TWO[::-1])  # as many drawings, others in each place: encoded anew
+    bank = train.encode_drawings(vq, tmp_path / "codes.pt")
     assert bank.codes.shape == (3 * 9 + 5 * 3, 64)
     for (scene, _), image in zip(bank.drawings, tokens_to_images(model, bank.codes), strict=True):
         assert scenes.judge(np.asarray(image))[0] == scene and not scenes.is_held_out(scene)

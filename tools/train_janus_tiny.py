@@ -310,17 +310,18 @@ def encode_drawings(vq: VQ, path: Path) -> Bank:
     shifts.remove((0, 0))
     for scene in TWO:
         drawings += [(scene, (0, 0)), *((scene, shifts[k]) for k in rng.permutation(len(shifts))[:2])]
-    if not path.exists():
+    of = [(scene.caption, shift) for scene, shift in drawings]
+    if not path.exists() or torch.load(path, weights_only=True)["of"] != of:
         codes = []
         for start in range(0, len(drawings), 64):
             x = pixels([scenes.render(scene, *shift) for scene, shift in drawings[start : start + 64]])
             with torch.autocast("cpu", torch.bfloat16):
                 codes.append(vq.encode(x.contiguous(memory_format=torch.channels_last)).short())
-        torch.save(torch.cat(codes), path)
+        torch.save({"of": of, "codes": torch.cat(codes)}, path)
         LOG.info("encoded %d drawings", len(drawings))
     group = np.array([2 * (scene.size is None) + (shift != (0, 0)) for scene, shift in drawings])
     weights = (np.array([0.35, 0.35, 0.65, 0.65]) / 2 / np.bincount(group))[group]
-    return Bank(drawings, torch.load(path, weights_only=True).long(), weights)
+    return Bank(drawings, torch.load(path, weights_only=True)["codes"].long(), weights)
 
 
 def draw_oblong(rng: np.random.Generator) -> tuple[np.ndarray, str]:
